@@ -1,0 +1,92 @@
+"""The efficient parallel branch (arXiv 2207.12661): a five-stage CNN beside the image encoder, fused into it by adapters.
+
+Two things surprise: the branch starts from the raw image, not from a stem feature; and an adapter *replaces* the grid tokens
+(a depth-wise convolution of them plus the branch's map, then a LayerNorm), with no identity path around it.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from msclip.stem import conv, strides
+
+BOTTLENECK_BN_EPS = 1e-6  # the official bottlenecks differ here from every other BatchNorm of the model (1e-5)
+
+
+class ConvStage(nn.Module):
+    """The branch's first stage: relu(bn(conv3x3(x)))."""
+
+    def __init__(self, out_channels: int, stride: int):
+        super().__init__()
+        self.conv = conv(3, out_channels, 3, stride)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride), 1x1, and a projected shortcut; half the output width inside."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        mid = out_channels // 2
+
+        def norm(channels: int) -> nn.BatchNorm2d:
+            return nn.BatchNorm2d(channels, eps=BOTTLENECK_BN_EPS)
+
+        self.conv1, self.bn1 = conv(in_channels, mid, 1), norm(mid)
+        self.conv2, self.bn2 = conv(mid, mid, 3, stride), norm(mid)
+        self.conv3, self.bn3 = conv(mid, out_channels, 1), norm(out_channels)
+        self.skip, self.skip_bn = conv(in_channels, out_channels, 1, stride), norm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + self.skip_bn(self.skip(x)))
+
+
+class Adapter(nn.Module):
+    """Brings one stage of the branch to the token grid and mixes it with the tokens there."""
+
+    def __init__(self, channels: int, width: int, kernel_size: int, norm_eps: float):
+        super().__init__()
+        self.branch_conv = nn.Conv2d(channels, channels, kernel_size, kernel_size, groups=channels, bias=False)
+        self.branch_bn = nn.BatchNorm2d(channels)
+        self.branch_proj = conv(channels, width, 1)
+        self.grid_conv = conv(width, width, 3, groups=width)
+        self.grid_bn = nn.BatchNorm2d(width)
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+
+    def forward(
+        self, tokens: Float[Tensor, "images grid width"], feature: Float[Tensor, "images channels size size"]
+    ) -> Float[Tensor, "images grid width"]:
+        side = round((tokens.shape[1] - 1) ** 0.5)
+        grid = tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+        fused = self.grid_bn(self.grid_conv(grid)) + self.branch_proj(self.branch_bn(self.branch_conv(feature)))
+        # The official code doubles the class token first; the LayerNorm cancels that factor.
+        return self.norm(torch.cat([tokens[:, :1], fused.flatten(2).transpose(1, 2)], dim=1))
+
+
+class ParallelBranch(nn.Module):
+    """Five maps of the raw image, finest first, each with the adapter that feeds it to the encoder."""
+
+    def __init__(self, width: int, patch_size: int, norm_eps: float):
+        super().__init__()
+        channels = [width // 16 * 2**i for i in range(5)]
+        steps = strides(patch_size, 5)
+        later = zip(channels[:-1], channels[1:], steps[1:], strict=True)
+        self.stages = nn.ModuleList([ConvStage(channels[0], steps[0]), *(Bottleneck(a, b, s) for a, b, s in later)])
+        reduction = [2 ** sum(s == 2 for s in steps[: i + 1]) for i in range(5)]
+        self.adapters = nn.ModuleList(
+            Adapter(c, width, patch_size // r, norm_eps) for c, r in zip(channels, reduction, strict=True)
+        )
+
+    def forward(self, images: Float[Tensor, "images 3 size size"]) -> list[Tensor]:
+        """The output of each stage."""
+        features = []
+        for stage in self.stages:
+            images = stage(images)
+            features.append(images)
+        return features

@@ -1,0 +1,121 @@
+"""The joint stream: image tokens and caption tokens as the rows of one matrix.
+
+Every part that is shared then costs one matrix product for both modalities. Images are dense (each has the same number of
+tokens); captions are packed end to end without padding, which the causal mask allows: no token after a caption's end token
+can change its embedding.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from msclip.sharing import Modality
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Captions without padding.
+
+    Index tensors are made once for a batch, where the lengths are known without waiting for a device.
+    """
+
+    ids: Int[Tensor, "tokens"]
+    positions: Int[Tensor, "tokens"]
+    """Place of each token in its caption, from 0."""
+    padded: Int[Tensor, "tokens"]
+    """Where each token stands in the flattened (captions, max_length) matrix."""
+    offsets: Int[Tensor, "captions+1"]
+    """First token of each caption and the total, int32, as variable-length attention wants them."""
+    max_length: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def ends(self) -> Int[Tensor, "captions"]:
+        """Row of each caption's last token, the one that is pooled."""
+        return self.offsets[1:].long() - 1
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedText":
+        """A copy on `device`."""
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("ids", "positions", "padded", "offsets")
+        }
+        return replace(self, **moved)
+
+
+def pack(token_ids: Int[Tensor, "captions length"]) -> PackedText:
+    """Drops what follows each caption's end token, the largest id of its row.
+
+    A caption that was cut without an end token keeps its start token alone: its largest id stands first, and that is the
+    position the official MS-CLIP code pools.
+    """
+    lengths = token_ids.argmax(dim=1) + 1
+    max_length = int(lengths.max())
+    positions = torch.arange(max_length, device=token_ids.device)
+    inside = positions < lengths[:, None]  # (captions, max_length)
+    zero = lengths.new_zeros(1)
+    return PackedText(
+        ids=token_ids[:, :max_length][inside],
+        positions=positions.expand_as(inside)[inside],
+        padded=inside.flatten().nonzero().squeeze(1),
+        offsets=torch.cat([zero, lengths.cumsum(0)]).int(),
+        max_length=max_length,
+    )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Activations of a batch of images, a batch of captions, or both: image rows first."""
+
+    rows: Float[Tensor, "rows width"]
+    images: int
+    """How many images."""
+    grid: int
+    """Tokens of one image, the class token included."""
+    text: PackedText | None
+
+    @staticmethod
+    def join(
+        image: Float[Tensor, "images grid width"] | None, text_rows: Tensor | None, text: PackedText | None
+    ) -> "Tokens":
+        """The stream of whichever modalities are given."""
+        images, grid = (image.shape[0], image.shape[1]) if image is not None else (0, 0)
+        parts = [x for x in (None if image is None else image.flatten(0, 1), text_rows) if x is not None]
+        return Tokens(parts[0] if len(parts) == 1 else torch.cat(parts), images, grid, text)
+
+    @property
+    def split(self) -> int:
+        """The first caption row."""
+        return self.images * self.grid
+
+    @property
+    def image(self) -> Float[Tensor, "images grid width"]:
+        """Image tokens."""
+        return self.rows[: self.split].view(self.images, self.grid, -1)
+
+    def with_rows(self, rows: Float[Tensor, "rows width"]) -> "Tokens":
+        """The same layout with other activations."""
+        return replace(self, rows=rows)
+
+    def with_image(self, image: Float[Tensor, "images grid width"]) -> "Tokens":
+        """The same captions with other image tokens."""
+        return Tokens.join(image, None if self.text is None else self.rows[self.split :], self.text)
+
+    def with_text(self, text_rows: Float[Tensor, "tokens width"]) -> "Tokens":
+        """The same images with other caption tokens."""
+        return Tokens.join(self.image if self.images else None, text_rows, self.text)
+
+    def only(self, modality: Modality) -> "Tokens":
+        """One modality's part of the stream."""
+        if modality == "image":
+            return Tokens(self.rows[: self.split], self.images, self.grid, None)
+        return Tokens(self.rows[self.split :], 0, 0, self.text)
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """What is in the stream."""
+        return (*(("image",) if self.images else ()), *(("text",) if self.text is not None else ()))
