@@ -1,0 +1,1 @@
+"""Other projects' state dicts to ours and back."""

@@ -1,0 +1,197 @@
+"""The model: sizes, sharing by identity, and the joint forward against encoding each modality by itself."""
+
+import pytest
+import torch
+
+import msclip
+from msclip.model import PRESETS, ModelConfig
+from msclip.sharing import Sharing
+from msclip.tokens import pack
+
+PARAMETERS = {
+    "ms_clip_s_b32": 132_408_001,
+    "ms_clip_s_b16": 132_503_617,
+    "ms_clip_b32": 126_285_313,
+    "clip_b32": 151_277_313,
+}
+# Every way the two encoders can differ at a size that runs in milliseconds.
+SMALL = {
+    "ms_clip_s": {},
+    "patch_16": {"patch_size": 16},
+    "no_stem": {"stem": False},
+    "no_branch": {"branch_layers": ()},
+    "ms_clip": {"stem": False, "branch_layers": (), "sharing": Sharing(layers="all")},
+    "norms_too": {"sharing": Sharing(layers="last:5", ln1=True, ln2=True, final_norm=True, out_proj=True)},
+    "ffn_of_some": {"sharing": Sharing(layers="2,4", attn=False)},
+    "separate": {"sharing": Sharing(layers="none", attn=False, ffn=False)},
+    "narrow_text": {"sharing": Sharing(layers="none", attn=False, ffn=False), "text_width": 32, "text_heads": 1},
+    "shallow_text": {"sharing": Sharing(layers="1,2"), "text_layers": 3},
+}
+
+
+def captions(lengths: list[int], context: int = 16, end: int = 511) -> torch.Tensor:
+    """Random ids below the end token, which stands last."""
+    ids = torch.zeros(len(lengths), context, dtype=torch.long)
+    for row, length in zip(ids, lengths, strict=True):
+        row[:length] = torch.randint(1, end, (length,))
+        row[length - 1] = end
+    return ids
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_published_models_have_their_exact_number_of_parameters(name: str) -> None:
+    model = msclip.create_model(name, device="meta")
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        ({"sharing": Sharing(layers="none", attn=False, ffn=False)}, 211_302_913),
+        ({"sharing": Sharing(layers="all", attn=False)}, 154_633_729),
+        ({"sharing": Sharing(layers="all", ffn=False)}, 182_954_497),
+        ({"sharing": Sharing(layers="all", ln1=True, ln2=True, final_norm=True, out_proj=True)}, 125_853_697),
+        ({"sharing": Sharing(layers="all", ln1=True, ln2=True)}, 126_248_449),
+        ({"sharing": Sharing(layers="last:6")}, 168_794_113),
+        ({"sharing": Sharing(layers="last:11"), "stem": True}, 128_436_721),
+        ({"branch_layers": (2, 4, 6, 8, 10)}, 130_256_593),
+    ],
+)
+def test_the_spectrum_of_sharing_has_the_papers_sizes(overrides: dict[str, object], count: int) -> None:
+    model = msclip.create_model("ms_clip_b32", device="meta", **overrides)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("variant", SMALL)
+def test_the_joint_forward_equals_encoding_each_modality_alone(variant: str) -> None:
+    torch.manual_seed(0)
+    model = msclip.create_model("ms_clip_s_tiny", **SMALL[variant]).double().eval()
+    images, ids = torch.randn(3, 3, 64, 64).double(), captions([1, 16, 5, 2, 9])
+    weights = torch.randn(8, model.config.embed_dim).double()
+
+    def gradients(image: torch.Tensor, text: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        (torch.cat([image, text]) * weights).sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    image, text, _ = model(images, pack(ids))
+    joint = gradients(image, text)
+    image_alone, text_alone = model.encode_image(images), model.encode_text(ids)
+    alone = gradients(image_alone, text_alone)
+    assert torch.allclose(image, image_alone, atol=1e-5)
+    assert torch.allclose(text, text_alone, atol=1e-5)
+    assert joint.keys() == alone.keys()
+    assert len(joint) == sum(1 for _ in model.parameters()) - 1  # all but the temperature
+    for name in joint:
+        assert torch.allclose(joint[name], alone[name], atol=1e-5), name
+
+
+def test_in_float32_the_joint_forward_is_within_1e_5_too() -> None:
+    torch.manual_seed(1)
+    model = msclip.create_model("ms_clip_s_tiny").train()
+    images, ids = torch.randn(4, 3, 64, 64), captions([4, 16, 1, 7])
+    image, text, _ = model(images, pack(ids))
+    assert torch.allclose(image, model.encode_image(images), atol=1e-5)
+    assert torch.allclose(text, model.encode_text(ids), atol=1e-5)
+
+
+def test_tokens_after_the_end_token_change_nothing() -> None:
+    model = msclip.create_model("ms_clip_s_tiny").eval()
+    ids = captions([5, 8])
+    noisy = ids.clone()
+    noisy[0, 5:], noisy[1, 8:] = 17, 23
+    assert torch.equal(model.encode_text(ids), model.encode_text(noisy))
+
+
+def test_a_caption_does_not_see_its_neighbours() -> None:
+    model = msclip.create_model("ms_clip_s_tiny").eval()
+    ids = captions([5, 16, 2])
+    alone = torch.cat([model.encode_text(row[None]) for row in ids])
+    assert torch.allclose(model.encode_text(ids), alone, atol=1e-6)
+
+
+def test_text_norms_never_see_image_tokens() -> None:
+    model = msclip.create_model("ms_clip_s_tiny")
+    seen: list[int] = []
+    for block in model.blocks:
+        block.get_submodule("ln1.text").register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
+    ids = captions([5, 8])
+    model(torch.randn(2, 3, 64, 64), pack(ids))
+    assert seen == [13] * 6
+
+
+@pytest.mark.parametrize("variant", SMALL)
+def test_exactly_the_parts_named_are_shared(variant: str) -> None:
+    model = msclip.create_model("ms_clip_s_tiny", **SMALL[variant])
+    model.encode_image(torch.randn(1, 3, 64, 64), normalize=False).sum().backward()
+    by_image = {name for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    model.encode_text(captions([5]), normalize=False).sum().backward()
+    by_text = {name for name, p in model.named_parameters() if p.grad is not None}
+    config, sharing = model.config, model.config.sharing
+    parts = {"attn.in_proj": sharing.attn, "attn.out_proj": sharing.attn, "mlp": sharing.ffn, "ln1": sharing.ln1}
+    parts["ln2"] = sharing.ln2
+    expected = {
+        name
+        for name, _ in model.named_parameters()
+        if (name.startswith("blocks.") and int(name.split(".")[1]) in config.shared_layers)
+        and any(f".{part}." in name and shared for part, shared in parts.items())
+    } | {name for name, _ in model.named_parameters() if name.startswith(("final_norm.shared", "projection.shared"))}
+    assert by_image & by_text == expected
+    assert by_image | by_text == {name for name, _ in model.named_parameters()} - {"logit_scale"}
+
+
+def test_the_gradient_of_a_shared_tensor_is_the_sum_of_both_modalities() -> None:
+    model = msclip.create_model("ms_clip_s_tiny").double().eval()
+    images, ids = torch.randn(2, 3, 64, 64).double(), captions([5, 3])
+    name = "blocks.3.mlp.shared.fc.weight"
+    grads = []
+    for image, text in ((True, False), (False, True), (True, True)):
+        model.zero_grad(set_to_none=True)
+        loss = images.new_zeros(())
+        if image:
+            loss = loss + model.encode_image(images, normalize=False).square().sum()
+        if text:
+            loss = loss + model.encode_text(ids, normalize=False).square().sum()
+        loss.backward()
+        grad = model.get_parameter(name).grad
+        assert grad is not None
+        grads.append(grad)
+    assert torch.allclose(grads[0] + grads[1], grads[2])
+
+
+@pytest.mark.parametrize("variant", SMALL)
+def test_every_parameter_is_in_one_group(variant: str) -> None:
+    model = msclip.create_model("ms_clip_s_tiny", **SMALL[variant])
+    names = [name for group in model.parameter_groups().values() for name in group]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_configs_survive_plain_values(name: str) -> None:
+    assert ModelConfig.from_dict(PRESETS[name].to_dict()) == PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"image_size": 225}, "image_size"),
+        ({"num_heads": 7}, "num_heads"),
+        ({"text_width": 512, "text_heads": 8}, "equal widths"),
+        ({"sharing": Sharing(layers="all")}, "last:11"),
+        ({"sharing": Sharing(layers="last:13")}, "beyond"),
+        ({"sharing": Sharing(layers="some")}, "last:N"),
+        ({"sharing": Sharing(layers="last:-2")}, "last:N"),
+        ({"branch_layers": (0, 2, 4, 6, 8)}, "branch_layers"),
+        ({"patch_size": 14}, "patch_size"),
+        ({"depth": 3}, "depth"),
+    ],
+)
+def test_a_contradiction_is_refused_by_name(overrides: dict[str, object], words: str) -> None:
+    with pytest.raises(msclip.UserError, match=words):
+        msclip.create_model("ms_clip_s_b32", device="meta", **overrides)
+
+
+def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(msclip.UserError, match="ms_clip_s_b32"):
+        msclip.create_model("ms_clip_xl")
