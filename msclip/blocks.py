@@ -18,7 +18,7 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation of CLIP and MS-CLIP in both encoders."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x) / 1.702  # one saved tensor and one backward kernel instead of three
 
 
 class MLP(nn.Module):

@@ -47,12 +47,27 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(y)) + self.skip_bn(self.skip(x)))
 
 
+class PatchSum(nn.Conv2d):
+    """A depth-wise convolution whose kernel is its stride, as a weighted sum over patches.
+
+    The same numbers; cuDNN would transpose the whole map to its own layout before such a convolution and back after it.
+    """
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, channels, kernel_size, kernel_size, groups=channels, bias=False)
+
+    def forward(self, x: Float[Tensor, "images channels size size"]) -> Float[Tensor, "images channels side side"]:
+        k = self.kernel_size[0]
+        patches = x.unflatten(3, (-1, k)).unflatten(2, (-1, k))  # (images, channels, side, k, side, k)
+        return (patches * self.weight.to(x.dtype).view(-1, 1, k, 1, k)).sum((3, 5))
+
+
 class Adapter(nn.Module):
     """Brings one stage of the branch to the token grid and mixes it with the tokens there."""
 
     def __init__(self, channels: int, width: int, kernel_size: int, norm_eps: float):
         super().__init__()
-        self.branch_conv = nn.Conv2d(channels, channels, kernel_size, kernel_size, groups=channels, bias=False)
+        self.branch_conv = PatchSum(channels, kernel_size)
         self.branch_bn = nn.BatchNorm2d(channels)
         self.branch_proj = conv(channels, width, 1)
         self.grid_conv = conv(width, width, 3, groups=width)

@@ -152,7 +152,7 @@ PRESETS: dict[str, ModelConfig] = {
         text_layers=6,
         text_heads=2,
         embed_dim=32,
-        vocab_size=512,
+        vocab_size=1024,
         context_length=16,
         branch_layers=(1, 2, 3, 4, 5),
         sharing=Sharing(layers="last:5"),
@@ -228,6 +228,7 @@ class Model(nn.Module):
         tokens = Tokens.join(image, None if text is None else self.text_input(text), text)
         features = [] if images is None or self.branch is None else self.branch(images)
         for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             if features and self.branch is not None and layer in self.config.branch_layers:
                 stage = self.config.branch_layers.index(layer)
                 tokens = tokens.with_image(self.branch.adapters[stage](tokens.image, features[stage]))
@@ -322,7 +323,8 @@ def initialise(model: Model) -> None:
                 nn.init.zeros_(module.bias)
     for block in model.blocks:
         assert isinstance(block, Block)
-        for projection in block.attn.in_proj.children():
+        in_proj = block.attn.in_proj
+        for projection in in_proj.children():
             assert isinstance(projection, nn.Linear)
             nn.init.xavier_uniform_(projection.weight)
     image_projection = model.projection.part("image")
