@@ -1,0 +1,310 @@
+"""One training engine: plain PyTorch or DeepSpeed ZeRO 0 to 3 behind the same three verbs.
+
+`train_step`, `full_state`, `load_full_state`. The state is whole float32 tensors by the model's own parameter names, so a
+checkpoint knows nothing of ZeRO stages or world sizes. Gradient accumulation keeps the negatives of the whole global batch:
+features first, then their gradients micro batch by micro batch (GradCache, arXiv 2101.06983).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from msclip.distributed import copy_from_first_rank, first_ranks_object, mean_over_ranks, rank
+from msclip.errors import UserError
+from msclip.health import check_step
+from msclip.loss import ContrastiveResult, contrastive_loss
+from msclip.optim import MOMENTS, OptimConfig, build_optimizer, set_learning_rates
+from msclip.stepper import PlainStepper, Stepper
+from msclip.tokens import PackedText
+
+Precision = Literal["fp32", "bf16"]
+
+
+class MicroBatch(NamedTuple):
+    """Pairs that go through the model together; image i belongs to caption i."""
+
+    pixels: UInt8[Tensor, "batch size size 3"]
+    text: PackedText
+
+    def on(self, device: torch.device) -> "MicroBatch":
+        """A copy on `device`; asynchronous from pinned memory."""
+        return MicroBatch(self.pixels.to(device, non_blocking=True), self.text.to(device, non_blocking=True))
+
+
+class PixelModel(nn.Module):
+    """The module an engine runs: pixels in, normalised there, float32 features out.
+
+    Autocast is entered here because DeepSpeed switches one around its engine off. Weights stay float32.
+    """
+
+    mean: Float[Tensor, "3 1 1"]
+    std: Float[Tensor, "3 1 1"]
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], precision: Precision):
+        super().__init__()
+        self.model = model
+        self.autocast = precision == "bf16"
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(
+        self, pixels: UInt8[Tensor, "batch size size 3"], text: PackedText
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"], Float[Tensor, "1"]]:
+        """Unit image and caption features, and the temperature."""
+        images = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            image_features, text_features, temperature = self.model(images, text)
+        return image_features.float(), text_features.float(), temperature.float()
+
+
+class Engine:
+    """A model in training. Every method is collective: all ranks call it."""
+
+    def __init__(
+        self,
+        module: PixelModel,
+        stepper: Stepper,
+        shapes: Mapping[str, torch.Size],
+        config: OptimConfig,
+        total_steps: int,
+        device: torch.device,
+        seed: int,
+    ):
+        self.module, self.model, self.device = module, module.model, device
+        self.step = 0
+        """Updates applied so far; the next `train_step` is number `step`."""
+        self._stepper, self._shapes, self._config = stepper, shapes, config
+        self._total_steps, self._seed = total_steps, seed
+        self._parameters = dict(self.model.named_parameters())
+        persistent = self.model.state_dict().keys() - self._parameters.keys()
+        self._buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in persistent}
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor | float]:
+        """One update from this rank's share of a global batch, as accumulation_steps micro batches of equal size.
+
+        Returns metrics, means over the ranks, for `read_metrics`: they stay on the device so that this call waits for
+        it only once, where the gradient is found to be finite. `train/temperature` is the one of the loss, before the
+        update. Raises `TrainingError`, on all ranks, instead of applying a gradient that is not finite.
+        """
+        if len(micro_batches) != self._config.accumulation_steps:
+            raise ValueError(f"expected {self._config.accumulation_steps} micro batches, got {len(micro_batches)}")
+        lr = set_learning_rates(self._stepper.param_groups, self.step, self._config, self._total_steps)
+        seed_step(self._seed, self.step, rank())
+        self.module.train()
+        on_device = [micro_batch.on(self.device) for micro_batch in micro_batches]
+        result, temperature = self._accumulate(on_device) if len(on_device) > 1 else self._backward(on_device[0])
+        means = mean_over_ranks(torch.stack(result).detach())
+        grad_norm, applied = self._stepper.apply()
+        metrics: dict[str, Tensor | float] = {
+            "train/loss": means[0],
+            "train/image_to_text_accuracy": means[1],
+            "train/text_to_image_accuracy": means[2],
+            "train/temperature": temperature,
+            "train/grad_norm": grad_norm,
+            "train/lr": lr,
+        }
+        if not applied:
+            check_step(read_metrics(metrics), self.step)
+            raise AssertionError("an update was withheld although its gradient is finite")
+        if (scale := self._parameters.get("logit_scale")) is not None and scale.requires_grad:
+            self._stepper.cap(scale, float(np.log(self._config.temperature_max)))
+        self.step += 1
+        return metrics
+
+    def _backward(self, micro_batch: MicroBatch) -> tuple[ContrastiveResult, Tensor]:
+        image_features, text_features, temperature = self._stepper.forward(*micro_batch)
+        result = contrastive_loss(image_features, text_features, temperature)
+        self._stepper.backward(result.loss)
+        return result, temperature.detach()[0].clone()
+
+    def _accumulate(self, micro_batches: Sequence[MicroBatch]) -> tuple[ContrastiveResult, Tensor]:
+        """The loss of all micro batches together; a rank's rows are its micro batches in order."""
+        random_states, outputs = [], []
+        with torch.no_grad(), _running_statistics_kept(self.module):
+            for micro_batch in micro_batches:
+                random_states.append(_random_state(self.device))
+                outputs.append(self._stepper.forward(*micro_batch))
+        images, texts, temperatures = (list(part) for part in zip(*outputs, strict=True))
+        leaves = [torch.cat(images), torch.cat(texts), temperatures[0].clone()]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        result = contrastive_loss(*leaves)
+        image_grad, text_grad, temperature_grad = torch.autograd.grad(result.loss, leaves)
+        by_micro_batch = zip(
+            micro_batches, random_states, image_grad.chunk(len(images)), text_grad.chunk(len(images)), strict=True
+        )
+        for micro_batch, state, to_images, to_texts in by_micro_batch:
+            _set_random_state(self.device, state)  # dropout as in the first pass
+            image_features, text_features, temperature = self._stepper.forward(*micro_batch)
+            # A scalar with exactly these gradients; the temperature's is shared out because each pass has its own.
+            surrogate = (image_features * to_images).sum() + (text_features * to_texts).sum()
+            self._stepper.backward(surrogate + (temperature * temperature_grad).sum() / len(images))
+        return result, leaves[2].detach()[0]
+
+    @torch.no_grad()
+    def full_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Model and optimiser as float32 CPU tensors on rank 0; empty dicts elsewhere.
+
+        The model's by parameter and buffer name; the optimiser's as `exp_avg/NAME`, `exp_avg_sq/NAME` and `step`, the
+        number of updates behind the averages. BatchNorm's running statistics differ between ranks: they are averaged
+        first, on the ranks too, so that a resumed run and the one that went on hold the same.
+        """
+        model_state: dict[str, Tensor] = {}
+        optimizer_state: dict[str, Tensor] = {}
+
+        def keep(state: dict[str, Tensor], name: str, value: Tensor) -> None:
+            if rank() == 0:
+                state[name] = value.detach().to("cpu", copy=True).contiguous()
+
+        for name, parameter in self._parameters.items():
+            with self._stepper.whole(parameter, write=False):
+                keep(model_state, name, parameter.data.float())
+            if parameter.requires_grad:
+                for key in MOMENTS:
+                    keep(optimizer_state, f"{key}/{name}", self._stepper.moment(parameter, key))
+        for name, buffer in self._buffers.items():
+            if buffer.is_floating_point():
+                buffer.copy_(mean_over_ranks(buffer))
+            keep(model_state, name, buffer)
+        keep(optimizer_state, "step", torch.tensor(self.step))
+        return model_state, optimizer_state
+
+    @torch.no_grad()
+    def load_full_state(self, model_state: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor], step: int) -> None:
+        """Continues from `full_state` of any ZeRO stage and world size; `train_step` goes on with number `step`.
+
+        Only rank 0's dicts are read; other ranks may pass empty ones. `UserError` on all ranks if they do not fit.
+        """
+        complaint = first_ranks_object(self._mismatch(model_state, optimizer_state, step) if rank() == 0 else None)
+        if complaint:
+            raise UserError(complaint)
+
+        def received(state: Mapping[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+            if rank() == 0:
+                return copy_from_first_rank(state[name].to(self.device, dtype, copy=True))
+            return copy_from_first_rank(torch.empty(shape, dtype=dtype, device=self.device))
+
+        for name, parameter in self._parameters.items():
+            value = received(model_state, name, self._shapes[name], torch.float32)
+            with self._stepper.whole(parameter, write=True):
+                parameter.data.copy_(value)
+        for name, buffer in self._buffers.items():
+            buffer.copy_(received(model_state, name, buffer.shape, buffer.dtype))
+        self._stepper.written()
+        self._stepper.reset_moments(step)
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad:
+                for key in MOMENTS:
+                    value = received(optimizer_state, f"{key}/{name}", self._shapes[name], torch.float32)
+                    self._stepper.set_moment(parameter, key, value)
+        self.step = step
+
+    def _mismatch(self, model_state: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor], step: int) -> str | None:
+        trained = {name: self._shapes[name] for name, p in self._parameters.items() if p.requires_grad}
+        buffers = {name: buffer.shape for name, buffer in self._buffers.items()}
+        moments = {f"{key}/{name}": shape for key in MOMENTS for name, shape in trained.items()}
+        for what, state, shapes in (
+            ("model", model_state, {**self._shapes, **buffers}),
+            ("optimizer", optimizer_state, moments | {"step": torch.Size()}),
+        ):
+            found = {name: tuple(value.shape) for name, value in state.items()}
+            expected = {name: tuple(shape) for name, shape in shapes.items()}
+            differing = sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name))
+            if differing:
+                name = differing[0]
+                return (
+                    f"the checkpoint's {what} state does not fit this model: {len(differing)} tensors differ, the first is "
+                    f"{name} (checkpoint: {found.get(name, 'absent')}, here: {expected.get(name, 'absent')}). Resume "
+                    "with the configuration the checkpoint was made with."
+                )
+        if (updates := int(optimizer_state["step"])) != step:
+            return (
+                f"the checkpoint of step {step} holds the optimizer state of step {updates}: its files do not belong together"
+            )
+        return None
+
+
+def create_engine(
+    model: nn.Module,
+    config: OptimConfig,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    total_steps: int,
+    micro_batch_size: int,
+    device: torch.device | str,
+    zero_stage: int | None = None,
+    precision: Precision = "fp32",
+    seed: int = 0,
+    zero_options: Mapping[str, Any] | None = None,
+) -> Engine:
+    """Puts `model` on `device`, with rank 0's weights, and makes it trainable.
+
+    `zero_stage` None is plain PyTorch; 0 to 3 is DeepSpeed, which in a process without process group makes one of its own.
+    `mean` and `std` normalise pixels scaled to 0..1. `micro_batch_size` is pairs a forward pass on one rank.
+    `seed`, with step and rank, decides dropout. `zero_options` are further entries of DeepSpeed's `zero_optimization`.
+    The model has `parameter_groups()`, and takes (images, text) to (image features, text features, temperature).
+    """
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"precision must be fp32 or bf16, got {precision}")
+    if zero_stage not in (None, 0, 1, 2, 3):
+        raise UserError(f"zero_stage must be null, 0, 1, 2 or 3, got {zero_stage}")
+    device = torch.device(device)
+    module = PixelModel(model, mean, std, precision).to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        copy_from_first_rank(tensor.data)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, config)  # type: ignore[arg-type]
+    stepper: Stepper
+    if zero_stage is None:
+        if zero_options:
+            raise UserError(f"zero_options need a zero_stage, got {dict(zero_options)} with zero_stage null")
+        stepper = PlainStepper(module, optimizer, config.clip_grad_norm)
+    else:
+        from msclip.stepper_deepspeed import deepspeed_stepper
+
+        stepper = deepspeed_stepper(module, optimizer, config, zero_stage, micro_batch_size, zero_options or {})
+    stepper.reset_moments(0)
+    return Engine(module, stepper, shapes, config, total_steps, device, seed)
+
+
+def read_metrics(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """Metrics of `train_step` as numbers; waits for the device, once."""
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    values = torch.stack([value.float() for value in tensors.values()]).tolist() if tensors else []
+    read = dict(zip(tensors, values, strict=True))
+    return {name: read[name] if name in read else float(value) for name, value in metrics.items()}
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Makes torch's randomness in a step a function of these three, so that no generator state needs saving."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0]))
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+@contextmanager
+def _running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises by the batch, as in training, but does not count it."""
+    counting = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    for part in counting:
+        part.track_running_stats = False
+    try:
+        yield
+    finally:
+        for part in counting:
+            part.track_running_stats = True

@@ -1,0 +1,258 @@
+"""The engine: one process against two, every ZeRO stage against plain PyTorch, resuming against going on."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from msclip import TrainingError, UserError
+from msclip.engine import Engine, PixelModel, create_engine, read_metrics, seed_step
+from msclip.loss import contrastive_loss
+from msclip.optim import OptimConfig
+from tests.msclip.two_ranks import STAGES, STEPS, micro_batches, tiny_engine, tiny_model, train
+
+State = tuple[dict[str, Tensor], dict[str, Tensor]]
+NAMES = ("train/loss", "train/grad_norm", "train/temperature", "train/image_to_text_accuracy", "train/lr")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums in one order, so that equal runs are equal to the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def curve(metrics: list[dict[str, float]]) -> Tensor:
+    return torch.tensor([[step[name] for name in NAMES] for step in metrics])
+
+
+def same(a: State, b: State) -> bool:
+    return all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in zip(a, b, strict=True))
+
+
+def gradients(engine: Engine) -> dict[str, Tensor]:
+    """Of the first update: AdamW's average after it holds a tenth of the gradient."""
+    state = engine.full_state()[1]
+    return {name.removeprefix("exp_avg/"): value * 10 for name, value in state.items() if name.startswith("exp_avg/")}
+
+
+def test_a_step_reports_every_metric_as_a_number() -> None:
+    (metrics,) = train(tiny_engine(tiny_model()), 1)
+    assert metrics.keys() == {*NAMES, "train/text_to_image_accuracy"}
+    assert all(isinstance(value, float) for value in metrics.values())
+    assert metrics["train/temperature"] == pytest.approx(torch.e)
+    assert metrics["train/lr"] == 1e-6
+
+
+def test_training_lowers_the_loss() -> None:
+    engine = tiny_engine(tiny_model(), warmup_steps=0)
+    losses = [read_metrics(engine.train_step(micro_batches(0)))["train/loss"] for _ in range(12)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_under_any_stage_train_like_one_process(
+    stage: int | None, one_process: dict[str, Any], two_ranks: list[dict[Any, Any]]
+) -> None:
+    for observed in two_ranks:
+        torch.testing.assert_close(curve(observed["stage", stage]["metrics"]), curve(one_process["metrics"]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_state_of_one_process_continues_on_two_ranks_under_any_stage(
+    stage: int | None, one_process: dict[str, Any], two_ranks: list[dict[Any, Any]]
+) -> None:
+    assert same(two_ranks[0]["stage", stage]["loaded"], one_process["half"])
+    assert two_ranks[1]["stage", stage]["loaded"] == ({}, {})
+    for observed in two_ranks:
+        torch.testing.assert_close(
+            curve(observed["stage", stage]["resumed"]), curve(one_process["metrics"][STEPS // 2 :]), rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_state_of_two_ranks_under_any_stage_continues_in_one_process(
+    stage: int | None, one_process: dict[str, Any], two_ranks: list[dict[Any, Any]]
+) -> None:
+    engine = tiny_engine(tiny_model(seed=9))
+    model_state, optimizer_state = two_ranks[0]["stage", stage]["half"]
+    engine.load_full_state(model_state, optimizer_state, STEPS // 2)
+    torch.testing.assert_close(curve(train(engine, STEPS // 2)), curve(one_process["metrics"][STEPS // 2 :]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_stops_all_ranks_and_reaches_no_weight(
+    stage: int | None, two_ranks: list[dict[Any, Any]]
+) -> None:
+    for observed in two_ranks:
+        assert f"step {STEPS}: train/loss is nan" in observed["stage", stage]["error"]
+    assert two_ranks[0]["stage", stage]["untouched"]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accumulating_ranks_keep_the_negatives_of_the_global_batch(
+    stage: int, one_process: dict[str, Any], two_ranks: list[dict[Any, Any]]
+) -> None:
+    for observed in two_ranks:
+        torch.testing.assert_close(curve(observed["accumulated", stage]), curve(one_process["metrics"][:3]), rtol=0, atol=1e-5)
+
+
+def test_running_statistics_are_averaged_over_ranks_when_saved(two_ranks: list[dict[Any, Any]]) -> None:
+    (plain, *_), (sharded, own, saved) = (two_ranks[0]["batch_norm", stage] for stage in (None, 2))
+    torch.testing.assert_close(curve(sharded), curve(plain), rtol=0, atol=1e-5)
+    others = two_ranks[1]["batch_norm", 2][1]
+    means = [name for name in own if name.endswith("running_mean")]
+    assert means
+    for name in means:
+        assert not torch.equal(own[name], others[name])
+        torch.testing.assert_close(saved[name], (own[name] + others[name]) / 2)
+    assert all(saved[name] == 2 for name in own if name.endswith("num_batches_tracked"))
+
+
+def test_zero_needs_no_launcher_in_a_process_of_its_own(one_process: dict[str, Any]) -> None:
+    metrics = train(tiny_engine(tiny_model(), stage=1), STEPS)
+    torch.testing.assert_close(curve(metrics), curve(one_process["metrics"]), rtol=0, atol=1e-5)
+
+
+def test_a_resumed_run_equals_the_unbroken_one_to_the_last_bit() -> None:
+    unbroken = tiny_engine(tiny_model(batch_norm=True, dropout=0.1))
+    train(unbroken, 2)
+    state = unbroken.full_state()
+    resumed = tiny_engine(tiny_model(batch_norm=True, seed=3, dropout=0.1))
+    resumed.load_full_state(*state, step=2)
+    assert train(unbroken, 3) == train(resumed, 3)
+    assert same(unbroken.full_state(), resumed.full_state())
+
+
+def test_saved_state_is_a_copy() -> None:
+    engine = tiny_engine(tiny_model())
+    state = engine.full_state()
+    kept = {name: value.clone() for name, value in state[0].items()}
+    train(engine, 2)
+    assert same((kept, {}), (state[0], {}))
+    assert state[1]["exp_avg/logit_scale"] == 0
+    assert state[1]["step"] == 0
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_has_the_gradient_of_the_whole_batch(parts: int) -> None:
+    whole, split = tiny_engine(tiny_model()), tiny_engine(tiny_model(), accumulation_steps=parts)
+    train(whole, 1)
+    train(split, 1, parts=parts)
+    torch.testing.assert_close(gradients(split), gradients(whole), rtol=0, atol=1e-5)
+
+
+def test_accumulation_with_batch_norm_and_dropout_equals_one_graph_over_all_micro_batches() -> None:
+    reference = tiny_model(batch_norm=True, dropout=0.2)
+    module = PixelModel(reference, (0.5,) * 3, (0.25,) * 3, "fp32").train()
+    parts = micro_batches(0, parts=2)
+    seed_step(0, 0, rank=0)  # as the engine does
+    images, texts, temperatures = zip(*(module(*part) for part in parts), strict=True)
+    contrastive_loss(torch.cat(images), torch.cat(texts), temperatures[0]).loss.backward()
+
+    engine = tiny_engine(tiny_model(batch_norm=True, dropout=0.2), accumulation_steps=2, clip_grad_norm=None)
+    engine.train_step(parts)
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    torch.testing.assert_close(gradients(engine), expected, rtol=0, atol=1e-5)
+    for name, buffer in engine.model.named_buffers():
+        assert torch.equal(buffer, reference.get_buffer(name)), name
+
+
+def test_bf16_keeps_weights_and_features_in_float32() -> None:
+    model = tiny_model()
+    kinds: list[torch.dtype] = []
+    product = model.get_submodule("blocks.0.mlp.shared.fc")
+    product.register_forward_hook(lambda module, args, output: kinds.append(output.dtype))
+    options: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "total_steps": 2, "micro_batch_size": 8, "device": "cpu"}
+    engine = create_engine(model, OptimConfig(), precision="bf16", **options)
+    loss = read_metrics(engine.train_step(micro_batches(0)))["train/loss"]
+    exact = train(tiny_engine(tiny_model()), 1)[0]["train/loss"]
+    assert kinds == [torch.bfloat16]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert {feature.dtype for feature in engine.module(*micro_batches(0)[0])} == {torch.float32}
+    assert loss != exact
+    assert loss == pytest.approx(exact, abs=0.01)
+
+
+def test_pixels_are_normalised_by_the_given_mean_and_deviation() -> None:
+    seen: list[Tensor] = []
+
+    class Recorder(nn.Module):
+        def forward(self, images: Tensor, text: Any) -> tuple[Tensor, Tensor, Tensor]:
+            seen.append(images)
+            return (torch.ones(1, 1),) * 3
+
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(1, 2, 2, 3)
+    PixelModel(Recorder(), (0.1, 0.2, 0.5), (1.0, 0.5, 0.25), "fp32")(pixels, micro_batches(0)[0].text)
+    assert seen[0].shape == (1, 3, 2, 2)
+    torch.testing.assert_close(seen[0][0, :, 1, 0], torch.tensor([-0.1, 0.0, 2.0]))
+
+
+def test_temperature_is_capped_from_the_first_update_on() -> None:
+    temperatures = [step["train/temperature"] for step in train(tiny_engine(tiny_model(), temperature_max=2.0), 3)]
+    assert temperatures[0] == pytest.approx(torch.e)
+    assert max(temperatures[1:]) <= 2.0 + 1e-6
+
+
+def test_a_fixed_temperature_stays() -> None:
+    model = tiny_model()
+    model.logit_scale.requires_grad_(False)
+    engine = tiny_engine(model, accumulation_steps=2)
+    assert [step["train/temperature"] for step in train(engine, 2, parts=2)] == pytest.approx([torch.e, torch.e])
+    assert "exp_avg/logit_scale" not in engine.full_state()[1]
+
+
+def test_a_faulty_batch_stops_plain_training_before_the_update() -> None:
+    engine = tiny_engine(tiny_model())
+    train(engine, 1)
+    before = engine.full_state()
+    engine.module.std.zero_()
+    with pytest.raises(TrainingError, match="step 1"):
+        train(engine, 1)
+    assert same(before, engine.full_state())
+
+
+def test_state_of_another_model_is_refused_with_the_difference() -> None:
+    state = tiny_engine(tiny_model()).full_state()
+    with pytest.raises(
+        UserError, match=r"model state.*text_input\.token_embedding\.weight \(checkpoint: \(512, 64\), here: \(600"
+    ):
+        tiny_engine(tiny_model(vocab_size=600)).load_full_state(*state, step=0)
+    with pytest.raises(UserError, match="optimizer state"):
+        tiny_engine(tiny_model()).load_full_state(state[0], {}, step=0)
+    with pytest.raises(UserError, match="step 4 holds the optimizer state of step 0"):
+        tiny_engine(tiny_model()).load_full_state(*state, step=4)
+
+
+def test_the_number_of_micro_batches_must_be_the_configured_one() -> None:
+    with pytest.raises(ValueError, match="expected 2 micro batches, got 1"):
+        tiny_engine(tiny_model(), accumulation_steps=2).train_step(micro_batches(0))
+
+
+def test_zero_without_deepspeed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match="pip install deepspeed"):
+        tiny_engine(tiny_model(), stage=1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("zero_stage", 4), ("precision", "fp16"), ("zero_options", {"overlap_comm": False})]
+)
+def test_settings_the_engine_does_not_have_are_refused(setting: str, value: Any) -> None:
+    options: dict[str, Any] = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "total_steps": 2, "micro_batch_size": 8, "device": "cpu"}
+    with pytest.raises(UserError, match=setting):
+        create_engine(tiny_model(), OptimConfig(), **(options | {setting: value}))
+
+
+def test_random_numbers_of_a_step_depend_on_seed_step_and_rank() -> None:
+    def draw(*where: int) -> float:
+        seed_step(*where)
+        return torch.rand(()).item()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    assert len({draw(1, 2, 3), draw(2, 2, 3), draw(1, 3, 3), draw(1, 2, 4), draw(1, 3, 2)}) == 5

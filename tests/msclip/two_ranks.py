@@ -1,0 +1,157 @@
+"""What the tests run on two gloo processes, in one session: starting the pair costs as much as all of its work.
+
+`python -m tests.msclip.two_ranks RANK FOLDER` writes FOLDER/rank{RANK}.pt, the observations by name.
+"""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msclip import Model, TrainingError, create_model
+from msclip.distributed import all_gather_objects, first_ranks_object, gather_with_grad, mean_over_ranks
+from msclip.engine import Engine, MicroBatch, create_engine, read_metrics
+from msclip.loss import contrastive_loss
+from msclip.optim import OptimConfig
+from msclip.sharing import Sharing
+from msclip.tokens import pack
+
+ROWS = 8
+STEPS = 6
+STAGES = (None, 0, 1, 2, 3)
+# 2.6: the first temperature is e, so the cap acts in every run. 0.3: most gradients are longer.
+OPTIM: dict[str, Any] = {"lr": 1e-3, "warmup_steps": 2, "clip_grad_norm": 0.3, "temperature_max": 2.6}
+
+
+# Without BatchNorm a batch's loss does not depend on how it is spread over ranks.
+NO_BATCH_NORM: dict[str, Any] = {
+    "stem": False,
+    "branch_layers": (),
+    "sharing": Sharing("all"),
+    "layers": 2,
+    "text_layers": 2,
+    "vocab_size": 512,
+}
+
+
+def tiny_model(batch_norm: bool = False, seed: int = 0, **overrides: Any) -> Model:
+    """The same weights for the same seed."""
+    torch.manual_seed(seed)
+    return create_model("ms_clip_s_tiny", **({} if batch_norm else NO_BATCH_NORM) | overrides)
+
+
+def micro_batches(step: int, rank: int = 0, world_size: int = 1, parts: int = 1) -> list[MicroBatch]:
+    """A rank's share of the global batch of a step, of which the ranks hold consecutive rows."""
+    generator = torch.Generator().manual_seed(step)
+    pixels = torch.randint(0, 256, (ROWS, 64, 64, 3), dtype=torch.uint8, generator=generator)
+    token_ids = torch.randint(1, 500, (ROWS, 16), generator=generator)
+    for row in range(ROWS):
+        token_ids[row, 4 + row :] = 0
+        token_ids[row, 4 + row] = 511
+    size = ROWS // world_size // parts
+    starts = [rank * ROWS // world_size + part * size for part in range(parts)]
+    return [MicroBatch(pixels[start : start + size], pack(token_ids[start : start + size])) for start in starts]
+
+
+def tiny_engine(model: Model, stage: int | None = None, world_size: int = 1, **optim: Any) -> Engine:
+    """Small parameters are partitioned too under stage 3; by default DeepSpeed keeps those of a tiny model whole."""
+    config = OptimConfig(**(OPTIM | optim))
+    return create_engine(
+        model,
+        config,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        total_steps=10,
+        micro_batch_size=ROWS // world_size // config.accumulation_steps,
+        device="cpu",
+        zero_stage=stage,
+        zero_options={"stage3_param_persistence_threshold": 0} if stage == 3 else None,
+    )
+
+
+def train(engine: Engine, steps: int, rank: int = 0, world_size: int = 1, parts: int = 1) -> list[dict[str, float]]:
+    """Metrics of the next `steps` steps."""
+    return [
+        read_metrics(engine.train_step(micro_batches(engine.step, rank, world_size, parts)))
+        for _ in range(engine.step, engine.step + steps)
+    ]
+
+
+def features() -> tuple[Tensor, Tensor, Tensor]:
+    """A global batch of unit image and text features, and a temperature; all with gradients."""
+    generator = torch.Generator().manual_seed(1)
+    images, texts = torch.nn.functional.normalize(torch.randn(2, ROWS, 5, generator=generator), dim=-1)
+    return images.requires_grad_(), texts.requires_grad_(), torch.tensor([3.0], requires_grad=True)
+
+
+def observe_collectives(rank: int) -> Mapping[str, Any]:
+    x = (torch.arange(6.0).view(2, 3) + 10 * rank).requires_grad_()
+    gathered = gather_with_grad(x)
+    # Rank r's loss weighs gathered row i by (i + 1) (r + 1).
+    (gathered * torch.arange(1.0, 5.0)[:, None] * (rank + 1)).sum().backward()
+    assert x.grad is not None
+    return {
+        "gathered": gathered.detach(),
+        "gather_gradient": x.grad,
+        "objects": all_gather_objects({"rank": rank}),
+        "first": first_ranks_object(f"from {rank}"),
+        "mean": mean_over_ranks(torch.tensor([1.0, 2.0]) * (rank + 1)),
+    }
+
+
+def observe_loss(rank: int) -> Mapping[str, Any]:
+    images, texts, temperature = features()
+    rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+    result = contrastive_loss(images[rows], texts[rows], temperature)
+    result.loss.backward()
+    gradients = [leaf.grad for leaf in (images, texts, temperature) if leaf.grad is not None]
+    return {"loss": torch.stack(result).detach(), "loss_gradients": gradients}
+
+
+def observe_stage(rank: int, stage: int | None, start: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Mapping[str, Any]:
+    """A whole run, a step that must fail, and a run that goes on from `start`, the state after half of the steps."""
+    engine = tiny_engine(tiny_model(), stage, 2)
+    observed: dict[str, Any] = {"metrics": train(engine, STEPS // 2, rank, 2)}
+    observed["half"] = engine.full_state()
+    observed["metrics"] += train(engine, STEPS // 2, rank, 2)
+    before = engine.full_state()
+    if rank == 1:  # one faulty worker must stop both
+        engine.module.mean.fill_(torch.nan)
+    try:
+        engine.train_step(micro_batches(engine.step, rank, 2))
+    except TrainingError as error:
+        observed["error"] = str(error)
+    observed["untouched"] = all(torch.equal(a[k], b[k]) for a, b in zip(before, engine.full_state(), strict=True) for k in a)
+
+    engine = tiny_engine(tiny_model(seed=5 + rank), stage, 2)
+    engine.load_full_state(*(start if rank == 0 else ({}, {})), step=STEPS // 2)
+    observed["loaded"] = engine.full_state()
+    observed["resumed"] = train(engine, STEPS // 2, rank, 2)
+    return observed
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    start = torch.load(folder / "start.pt")
+    observed: dict[Any, Any] = {**observe_collectives(rank), **observe_loss(rank)}
+    for stage in STAGES:
+        observed["stage", stage] = observe_stage(rank, stage, start)
+    for stage in (2, 3):
+        engine = tiny_engine(tiny_model(), stage, 2, accumulation_steps=2)
+        observed["accumulated", stage] = train(engine, 3, rank, 2, parts=2)
+    for stage in (None, 2):
+        engine = tiny_engine(tiny_model(batch_norm=True), stage, 2)
+        metrics = train(engine, 2, rank, 2)
+        own = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
+        observed["batch_norm", stage] = metrics, own, engine.full_state()[0]
+    torch.save(observed, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
