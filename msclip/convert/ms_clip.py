@@ -104,10 +104,10 @@ def infer_config(state_dict: Mapping[str, Tensor]) -> ModelConfig:
         raise UserError(f"this is not an MS-CLIP or CLIP (ViT) state dict: it has no {error}") from None
     stem = "visual.transformer.resblocks.0.conv1.weight" in state_dict
     branch = state_dict.get("visual.transformer.parallel_lateral_adapter.0.top2bottom_dw_conv.conv.weight")
-    if not stem:
-        patch_size = state_dict["visual.conv1.weight"].shape[-1]
+    if stem:  # the finest adapter's kernel spans one patch at half resolution
+        patch_size = 32 if branch is None else 2 * branch.shape[-1]
     else:
-        patch_size = 2 * branch.shape[-1] if branch is not None else 32
+        patch_size = state_dict["visual.conv1.weight"].shape[-1]
 
     def depth(prefix: str) -> int:
         pattern = re.compile(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
