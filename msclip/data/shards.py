@@ -1,0 +1,220 @@
+"""Image-text data as Parquet: what a folder of shards holds.
+
+`python -m pipelines.ingest` writes shards with the columns of `SCHEMA` and a `manifest.json` beside them. Any other Parquet
+file, glob or folder of files with an image and a caption column is read just as well: footers are all that is needed.
+A row's id is its position in the concatenation of all row groups, files in order.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64
+
+from msclip.data.parquet import check_columns, find, read_footer, read_row_group
+from msclip.errors import UserError
+from msclip.storage import Folder
+
+FORMAT = "msclip-shards/1"
+MANIFEST = "manifest.json"
+SCHEMA = pa.schema(
+    [
+        ("image", pa.binary()),  # an encoded image file
+        ("captions", pa.list_(pa.string())),
+        ("key", pa.string()),  # unique in the data set
+        ("source", pa.string()),
+    ]
+)
+
+_FOOTER_THREADS = 16
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file."""
+
+    file: str
+    """Its name inside the manifest's folder."""
+    row_groups: tuple[int, ...]
+    """Rows in each."""
+    size: int
+    """Bytes."""
+    sha256: str = ""
+    """Of the file; empty where nobody computed it."""
+
+    @property
+    def rows(self) -> int:
+        return sum(self.row_groups)
+
+    @classmethod
+    def read(cls, folder: Folder, file: str, sha256: str = "", columns: tuple[str, str] | None = None) -> "Shard":
+        """From the file's footer.
+
+        Args:
+            columns: the image and the caption column that the file must have.
+
+        Raises:
+            UserError: no such file, not a Parquet file, or a column is missing or of a wrong type.
+        """
+        footer, size = read_footer(folder, file)
+        if columns:
+            check_columns(folder, file, footer, *columns)
+        return cls(file, tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups)), size, sha256)
+
+
+class RowGroup(NamedTuple):
+    """Where a row group lies in the data."""
+
+    shard: int
+    """Index into `Manifest.shards`."""
+    row_group: int
+    """Which of the shard's row groups."""
+    first_row: int
+    """Row id of its first row."""
+    rows: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All shards of a data set. Immutable; a process that has its pickle needs nothing else to read rows."""
+
+    folder: Folder
+    shards: tuple[Shard, ...]
+    image_column: str = "image"
+    """binary, or a struct with `bytes` as Hugging Face writes it."""
+    caption_column: str = "captions"
+    """string, or a list of strings."""
+    quarantined: int = 0
+    """Rows that ingest refused."""
+    sources: Mapping[str, int] = field(default_factory=dict)
+    """Rows of each source."""
+    created: str = ""
+    """ISO 8601."""
+
+    @classmethod
+    def load(cls, spec: str, image_column: str = "image", caption_column: str = "captions") -> "Manifest":
+        """Finds the shards and reads every footer, 16 at a time.
+
+        Args:
+            spec: a folder with `manifest.json`, or a Parquet file, a glob of files in one folder, or a folder of files;
+                local or a URL.
+
+        Raises:
+            UserError: nothing there; a file missing or other than the manifest says; a column missing or of a wrong type.
+        """
+        if not spec:
+            raise UserError("data.train is empty; give a folder of shards, a Parquet file or a glob of them")
+        stated = _stated(Folder(spec))
+        folder, names = (stated.folder, list(stated.files)) if stated else find(spec)
+        columns = (image_column, caption_column)
+        with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+            shards = tuple(pool.map(lambda name: Shard.read(folder, name, columns=columns), names))
+        for shard, recorded in zip(shards, stated.shards if stated else (), strict=bool(stated)):
+            if shard.row_groups != recorded.row_groups:
+                raise UserError(
+                    f"{folder.url}/{shard.file} has {shard.rows} rows in {len(shard.row_groups)} row groups, but {MANIFEST} "
+                    f"beside it says {recorded.rows} in {len(recorded.row_groups)}: the file changed after ingest; ingest "
+                    f"again, or delete {MANIFEST} to read the files as they are"
+                )
+        if not any(shard.rows for shard in shards):
+            raise UserError(f"the data {spec!r} hold no rows ({len(shards)} Parquet files)")
+        if stated:
+            return cls(folder, stated.shards, *columns, stated.quarantined, stated.sources, stated.created)
+        return cls(folder, shards, *columns)
+
+    def write(self, folder: Folder | None = None) -> None:
+        """Writes `manifest.json` beside the shards: last of all, because a folder that has one is taken for complete."""
+        content = {
+            "format": FORMAT,
+            "shards": [
+                {"file": s.file, "rows": s.rows, "row_groups": s.row_groups, "bytes": s.size, "sha256": s.sha256}
+                for s in self.shards
+            ],
+            "rows": self.rows,
+            "quarantined": self.quarantined,
+            "sources": dict(self.sources),
+            "created": self.created,
+        }
+        (folder or self.folder).write_text(MANIFEST, json.dumps(content, indent=1) + "\n")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(shard.file for shard in self.shards)
+
+    @cached_property
+    def sizes(self) -> Int64[np.ndarray, " groups"]:
+        """Rows of each row group: what `Plan` takes."""
+        return np.fromiter((rows for shard in self.shards for rows in shard.row_groups), dtype=np.int64)
+
+    @cached_property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @cached_property
+    def row_groups(self) -> tuple[RowGroup, ...]:
+        places = ((s, i) for s, shard in enumerate(self.shards) for i in range(len(shard.row_groups)))
+        extents = zip(self._first_row.tolist(), self.sizes.tolist(), strict=True)
+        return tuple(RowGroup(*place, *extent) for place, extent in zip(places, extents, strict=True))
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies the rows and their order by the files' names, bytes and row groups; the same wherever they lie."""
+        layout = [[s.file, s.size, s.row_groups] for s in self.shards]
+        return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
+
+    def locate(self, rows: Sequence[int] | Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
+        """The index in `row_groups` of each row id."""
+        return np.searchsorted(self._first_row, rows, side="right") - 1
+
+    def read(self, group: int, keep: bool = False) -> pa.Table:
+        """The image, caption and, where there is one, key column of a row group; `keep` as in `read_row_group`.
+
+        Raises:
+            UserError: the file is gone, damaged or has changed, with its name.
+            OSError: the storage failed.
+        """
+        place = self.row_groups[group]
+        file = self.shards[place.shard].file
+        table = read_row_group(self.folder, file, place.row_group, (self.image_column, self.caption_column, "key"), keep=keep)
+        if len(table) != place.rows:
+            raise UserError(
+                f"row group {place.row_group} of {self.folder.url}/{file} has {len(table)} rows and had {place.rows} when the "
+                "job began: shards must not change under a job"
+            )
+        return table
+
+    @cached_property
+    def _first_row(self) -> Int64[np.ndarray, " groups"]:
+        return np.cumsum(self.sizes) - self.sizes
+
+    def __reduce__(self) -> tuple[type["Manifest"], tuple[object, ...]]:
+        return Manifest, tuple(getattr(self, f.name) for f in fields(self))  # without what is only cached
+
+
+def _stated(folder: Folder) -> Manifest | None:
+    """What the folder's manifest.json says, without looking at the files; `None` where there is none.
+
+    Raises:
+        UserError: the file is not such a manifest.
+    """
+    if not folder.exists(MANIFEST):
+        return None
+    try:
+        content = json.loads(folder.read_text(MANIFEST))
+        if content["format"] != FORMAT:
+            raise UserError(f"{folder.url}/{MANIFEST} has format {content['format']!r}; this version reads {FORMAT!r}")
+        return Manifest(
+            folder,
+            tuple(Shard(s["file"], tuple(s["row_groups"]), s["bytes"], s["sha256"]) for s in content["shards"]),
+            quarantined=content["quarantined"],
+            sources=content["sources"],
+            created=content["created"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder.url}/{MANIFEST} is not a manifest of shards ({error!r}); ingest again") from error

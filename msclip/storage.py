@@ -1,0 +1,220 @@
+"""One folder on a local disk or in an object store, with the few verbs that runs, shards and checkpoints need.
+
+Local files appear whole or not at all: written beside their place, synchronised, then renamed. Object stores give the
+same promise for one object. Anything `pyarrow.fs.FileSystem.from_uri` knows works (s3, gs, abfs, hdfs); query
+parameters such as `?endpoint_override=host:port&scheme=http` stay with every folder below.
+"""
+
+import fnmatch
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote, unquote
+
+import pyarrow
+from pyarrow import fs
+
+from msclip.errors import UserError
+
+_TEMPORARY = ".tmp-"
+_COPY_BYTES = 8 * 2**20
+
+
+def _remote(url: str) -> tuple[str, str, str] | None:
+    """(scheme and host part, path part, query part) of a URL; None for a local path."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or scheme == "file" or "/" in scheme:
+        return None
+    rest, mark, query = rest.partition("?")
+    return scheme + "://", rest.rstrip("/"), mark + query
+
+
+class Folder:
+    """A place for files, by URL. Making one reads nothing and creates nothing; writing creates what is missing.
+
+    Args:
+        url: a local path (made absolute, so that workers elsewhere agree), `file://` or a URL of an object store.
+
+    Raises:
+        UserError: no file system knows this kind of URL.
+    """
+
+    def __init__(self, url: "str | Path | Folder"):
+        text = url.url if isinstance(url, Folder) else str(url)
+        remote = _remote(text)
+        self.url: str
+        self.local: Path | None = None
+        self._filesystem: fs.FileSystem | None = None
+        if remote is None:
+            path = unquote(text.removeprefix("file://")) if text.startswith("file://") else os.path.expanduser(text)
+            self.local = Path(os.path.abspath(path))
+            self.url = str(self.local)
+        else:
+            self._scheme, self._rest, self._query = remote
+            self.url = self._scheme + self._rest + self._query
+            if not self._rest:
+                raise UserError(f"the folder {text!r} names no bucket; write {self._scheme}BUCKET/PATH")
+            self._connect()
+
+    def _connect(self) -> None:
+        try:
+            self._filesystem, self._path = fs.FileSystem.from_uri(self.url)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as error:
+            raise UserError(
+                f"cannot use the folder {self.url!r}: {error}; give a local path or a URL such as s3://bucket/path"
+            ) from error
+        except OSError as error:
+            if "not found" not in str(error).lower():
+                raise  # perhaps only the network: not for us to call a mistake
+            raise UserError(f"cannot use the folder {self.url!r}: {error}") from error
+
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        """The pyarrow file system that `path` belongs to."""
+        return self._filesystem or fs.LocalFileSystem()
+
+    @property
+    def path(self) -> str:
+        """This folder as `filesystem` names it: no scheme, no query."""
+        return str(self.local) if self.local is not None else self._path
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return PurePosixPath(self.path).name
+
+    def __truediv__(self, name: str | PurePosixPath) -> "Folder":
+        if self.local is not None:
+            return Folder(self.local / name)
+        parts = PurePosixPath(name)
+        if ".." in parts.parts or parts.is_absolute():
+            raise ValueError(f"{name!r} leaves the folder {self.url}")
+        # The connection is shared: a second one would ask the object store for its region again.
+        child = Folder.__new__(Folder)
+        child.local, child._filesystem = None, self._filesystem
+        child._scheme, child._query = self._scheme, self._query
+        child._rest = f"{self._rest}/{quote(str(parts))}" if str(parts) != "." else self._rest
+        child._path = f"{self._path}/{parts}" if str(parts) != "." else self._path
+        child.url = child._scheme + child._rest + child._query
+        return child
+
+    def __repr__(self) -> str:
+        return f"Folder({self.url!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Folder) and self.url == other.url
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+    def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
+        return Folder, (self.url,)
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file or folder of this name is there; without a name, whether this folder is."""
+        if self.local is not None:
+            return (self.local / name).exists()
+        return self.filesystem.get_file_info((self / name).path).type != fs.FileType.NotFound
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """Sorted names of what is directly inside, by a shell pattern; none where the folder is missing."""
+        if self.local is not None:
+            found = os.listdir(self.local) if self.local.is_dir() else []
+        else:
+            selector = fs.FileSelector(self.path, allow_not_found=True)
+            found = [info.base_name for info in self.filesystem.get_file_info(selector)]
+        return sorted(n for n in found if fnmatch.fnmatchcase(n, pattern) and not n.startswith(_TEMPORARY))
+
+    def read_bytes(self, name: str) -> bytes:
+        """The file's content.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        if self.local is not None:
+            return (self.local / name).read_bytes()
+        with self.filesystem.open_input_file((self / name).path) as file:
+            return file.read()
+
+    def read_text(self, name: str) -> str:
+        return self.read_bytes(name).decode()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Writes the whole file; a reader sees the old one or the new one, never a part.
+
+        Raises:
+            OSError: among others `errno.ENOSPC` for a full disk; the old file is then still there.
+        """
+        if self.local is not None:
+            with self._replacing(name) as temporary:
+                temporary.write_bytes(data)
+        else:
+            with self.filesystem.open_output_stream((self / name).path) as stream:
+                stream.write(data)
+
+    def write_text(self, name: str, text: str) -> None:
+        self.write_bytes(name, text.encode())
+
+    def append_text(self, name: str, text: str) -> None:
+        """Adds to the end of a file. Object stores cannot: keep the file locally and `upload` it."""
+        if self.local is None:
+            raise ValueError(f"cannot append to {name!r} in {self.url}: object stores only replace whole files")
+        path = self.local / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def upload(self, local_path: str | Path, name: str) -> None:
+        """Copies a local file to here, with the promise of `write_bytes`."""
+        if self.local is not None:
+            with self._replacing(name) as temporary:
+                shutil.copyfile(local_path, temporary)
+        else:
+            source = os.path.abspath(local_path)
+            fs.copy_files(source, (self / name).path, fs.LocalFileSystem(), self.filesystem, chunk_size=_COPY_BYTES)
+
+    def download(self, name: str, local_path: str | Path) -> None:
+        """Copies a file from here to a local path, which appears whole or not at all."""
+        target = Path(os.path.abspath(local_path))
+        with Folder(target.parent)._replacing(target.name) as temporary:
+            if self.local is not None:
+                shutil.copyfile(self.local / name, temporary)
+            else:
+                source = (self / name).path
+                fs.copy_files(source, str(temporary), self.filesystem, fs.LocalFileSystem(), chunk_size=_COPY_BYTES)
+
+    def delete(self, name: str = "") -> None:
+        """Removes a file, or a folder with everything in it; without a name, this folder. Nothing there is no error."""
+        target = self / name
+        if target.local is not None:
+            if target.local.is_dir() and not target.local.is_symlink():
+                shutil.rmtree(target.local)
+            else:
+                target.local.unlink(missing_ok=True)
+            return
+        kind = target.filesystem.get_file_info(target.path).type
+        if kind == fs.FileType.Directory:
+            target.filesystem.delete_dir(target.path)
+        elif kind == fs.FileType.File:
+            target.filesystem.delete_file(target.path)
+
+    @contextmanager
+    def _replacing(self, name: str) -> Iterator[Path]:
+        """A temporary path beside `name`, renamed onto it at the end of a body that raised nothing."""
+        assert self.local is not None
+        path = self.local / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Made with the usual mode bits (tempfile's are 0600, and other users of a team folder must read checkpoints).
+        temporary = path.parent / f"{_TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise

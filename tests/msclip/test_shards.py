@@ -1,0 +1,161 @@
+"""What counts as a data set, and what is said about one that is not."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from msclip.data.shards import FORMAT, MANIFEST, SCHEMA, Manifest, Shard
+from msclip.errors import UserError
+from msclip.storage import Folder
+
+
+def write(path: Path, rows: int, row_group_size: int = 4, **columns: object) -> None:
+    content = {
+        "image": [f"{path.stem}-{i}".encode() for i in range(rows)],
+        "captions": [[f"caption {i}"] for i in range(rows)],
+        "key": [f"{path.stem}/{i}" for i in range(rows)],
+    }
+    table = pa.table({k: v for k, v in (content | columns).items() if v is not None})
+    pq.write_table(table, path, row_group_size=row_group_size)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """Three shards of 10, 5 and 1 rows in row groups of at most 4."""
+    for name, rows in (("a", 10), ("b", 5), ("c", 1)):
+        write(tmp_path / f"{name}.parquet", rows)
+    return Folder(tmp_path)
+
+
+def with_manifest(folder: Folder) -> Manifest:
+    shards = tuple(Shard.read(folder, name) for name in folder.names("*.parquet"))
+    manifest = Manifest(folder, shards, quarantined=2, sources={"here": 16}, created="2026-01-02T03:04:05Z")
+    manifest.write()
+    return manifest
+
+
+def test_a_manifest_survives_writing_and_loading(folder: Folder) -> None:
+    written = with_manifest(folder)
+    loaded = Manifest.load(folder.url)
+    assert loaded == written
+    assert loaded.digest == written.digest
+    content = json.loads(folder.read_text(MANIFEST))
+    assert content["format"] == FORMAT
+    assert content["rows"] == 16
+    assert content["shards"][0] == {
+        "file": "a.parquet",
+        "rows": 10,
+        "row_groups": [4, 4, 2],
+        "bytes": (folder.local / "a.parquet").stat().st_size if folder.local else 0,
+        "sha256": "",
+    }
+
+
+def test_rows_are_numbered_through_files_in_order(folder: Folder) -> None:
+    manifest = Manifest.load(folder.url)
+    assert manifest.files == ("a.parquet", "b.parquet", "c.parquet")
+    assert [(g.shard, g.row_group, g.first_row, g.rows) for g in manifest.row_groups] == [
+        (0, 0, 0, 4),
+        (0, 1, 4, 4),
+        (0, 2, 8, 2),
+        (1, 0, 10, 4),
+        (1, 1, 14, 1),
+        (2, 0, 15, 1),
+    ]
+    assert manifest.locate([0, 3, 4, 9, 10, 14, 15]).tolist() == [0, 0, 1, 2, 3, 4, 5]
+    assert manifest.read(4)["key"].to_pylist() == ["b/4"]
+
+
+def test_an_empty_row_group_moves_no_row(tmp_path: Path) -> None:
+    schema = pa.schema([field for field in SCHEMA if field.name != "source"])
+    with pq.ParquetWriter(tmp_path / "x.parquet", schema) as writer:
+        for rows in (1, 0, 2):
+            keys = [str(i) for i in range(rows)]
+            writer.write_table(pa.table([[b""] * rows, [["c"]] * rows, keys], schema=schema))
+    manifest = Manifest.load(str(tmp_path))
+    assert manifest.sizes.tolist() == [1, 0, 2]
+    assert manifest.locate([0, 1, 2]).tolist() == [0, 2, 2]
+
+
+def test_a_file_a_glob_and_a_folder_are_data_without_a_manifest(folder: Folder) -> None:
+    assert Manifest.load(f"{folder.url}/b.parquet").rows == 5
+    assert Manifest.load(f"{folder.url}/[ab].parquet").rows == 15
+    assert Manifest.load(f"{folder.url}/*").rows == 16
+    assert Manifest.load(folder.url).rows == 16
+    assert Manifest.load(f"file://{folder.url}/?.parquet").rows == 16
+
+
+def test_the_digest_is_of_the_layout_wherever_it_lies(folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("copy")
+    for name in folder.names("*.parquet"):
+        (elsewhere / name).write_bytes(folder.read_bytes(name))
+    digest = Manifest.load(folder.url).digest
+    assert Manifest.load(str(elsewhere)).digest == digest
+    write(elsewhere / "a.parquet", 10, row_group_size=5)
+    assert Manifest.load(str(elsewhere)).digest != digest
+
+
+def test_a_pickled_manifest_still_reads(folder: Folder) -> None:
+    manifest = Manifest.load(folder.url)
+    assert len(manifest.row_groups) == 6  # cached, and not to travel
+    copy = pickle.loads(pickle.dumps(manifest))
+    assert set(vars(copy)) == {"folder", "shards", "image_column", "caption_column", "quarantined", "sources", "created"}
+    assert copy.read(3, keep=True)["image"].to_pylist() == [b"b-0", b"b-1", b"b-2", b"b-3"]
+    assert copy.read(3).num_columns == 3
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda path: (path / "c.parquet").unlink(), r"shard .*/c\.parquet is missing"),
+        (
+            lambda path: write(path / "c.parquet", 3),
+            r"c\.parquet has 3 rows in 1 row groups, but manifest\.json .* says 1 in 1",
+        ),
+        (lambda path: (path / "c.parquet").write_bytes(b"PAR1 not"), r"c\.parquet is not a whole Parquet file"),
+        (lambda path: write(path / "c.parquet", 1, captions=None), r"caption_column is 'captions', but .*/c\.parquet has only"),
+        (lambda path: write(path / "c.parquet", 1, image=[7]), r"image_column: 'image' in .*/c\.parquet is of type int64"),
+        (lambda path: (path / MANIFEST).write_text("{}"), r"manifest\.json is not a manifest of shards"),
+        (lambda path: (path / MANIFEST).write_text('{"format": "x/2"}'), r"has format 'x/2'; this version reads"),
+    ],
+)
+def test_a_damaged_data_set_is_named_file_by_file(folder: Folder, break_it, message: str) -> None:
+    with_manifest(folder)
+    break_it(folder.local)
+    with pytest.raises(UserError, match=message):
+        Manifest.load(folder.url)
+
+
+def test_what_is_not_there_is_said(folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> None:
+    empty = tmp_path_factory.mktemp("empty")
+    write(empty / "none.parquet", 0, image=pa.array([], pa.binary()), captions=pa.array([], pa.string()))
+    for spec, message in (
+        ("", r"data\.train is empty"),
+        ("/no/such/place", "'/no/such/place' do not exist"),
+        (f"{folder.url}/*.tar", r"no Parquet file \(\*\.parquet\) matches"),
+        (str(empty / "none.parquet"), "hold no rows"),
+        ("/no/*/place/x.parquet", "wildcards may stand in the last part only"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Manifest.load(spec)
+
+
+def test_a_shard_that_changes_under_a_job_is_noticed(folder: Folder) -> None:
+    manifest = Manifest.load(folder.url)
+    write(Path(folder.url) / "c.parquet", 2)
+    with pytest.raises(UserError, match=r"row group 0 of .*/c\.parquet has 2 rows and had 1 when the job began"):
+        manifest.read(5)
+    (Path(folder.url) / "b.parquet").unlink()
+    with pytest.raises(UserError, match=r"cannot read row group 0 of .*b\.parquet"):
+        manifest.read(3)
+
+
+def test_real_files_load(shared_data: Path) -> None:
+    manifest = Manifest.load(f"{shared_data}/flickr8k_train*.parquet")
+    assert manifest.rows == 6089
+    assert np.sum(manifest.sizes) == 6089

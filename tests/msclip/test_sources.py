@@ -1,0 +1,164 @@
+"""What ingest reads: tables of captions as people keep them, and which image each row means."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from msclip.data.captions import Refused, read_captions
+from msclip.data.sources import ParquetSource, Source, open_source
+from msclip.errors import UserError
+from msclip.storage import Folder
+
+
+def table(path: Path, content: str | bytes) -> Folder:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return Folder(path)
+
+
+def pairs(file: Folder, **columns: Any) -> list[tuple[str, list[str]]]:
+    rows, refused = read_captions(file, **columns)
+    assert refused == []
+    return [(row.image, row.captions) for row in rows]
+
+
+def test_csv_tsv_jsonl_and_parquet_say_the_same(tmp_path: Path) -> None:
+    same = [("a.jpg", ["one, two"]), ("b.jpg", ['says "hi"'])]
+    assert pairs(table(tmp_path / "a.csv", '\ufeffImage,Caption\na.jpg,"one, two"\nb.jpg,"says ""hi"""\n')) == same
+    assert pairs(table(tmp_path / "a.tsv", 'path\ttitle\r\na.jpg\tone, two\r\nb.jpg\tsays "hi"\r\n')) == same
+    lines = '{"file": "a.jpg", "text": "one, two"}\n\n{"file": "b.jpg", "text": ["says \\"hi\\"", " "]}\n'
+    assert pairs(table(tmp_path / "a.jsonl", lines)) == same
+    pq.write_table(pa.table({"x": ["a.jpg", "b.jpg"], "y": [c for _, c in same]}), tmp_path / "a.parquet")
+    assert pairs(Folder(tmp_path / "a.parquet"), image_column="x", caption_column="y") == same
+
+
+def test_rows_that_cannot_be_read_are_returned_with_reasons(tmp_path: Path) -> None:
+    _, refused = read_captions(table(tmp_path / "a.csv", "image,text\na.jpg,fine\nb.jpg,too,many\n,no name\n"))
+    assert refused == [
+        Refused("a.csv", 1, None, "b.jpg", "3 values for 2 columns"),
+        Refused("a.csv", 2, None, "", "no value in column image"),
+    ]
+    _, refused = read_captions(table(tmp_path / "a.jsonl", '{"image": "a.jpg", "text": "x"}\n{broken\n[1]\n'))
+    assert [(r.row, r.reason) for r in refused] == [(1, "not a JSON object"), (2, "not a JSON object")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "image,prose\na.jpg,x\n", "none of the usual columns captions, caption, text, title; .* image, prose"),
+        ("a.csv", "image,text\n", "has no rows"),
+        ("a.csv", "", "has no rows"),
+        ("a.csv", "image,text\na.jpg,Bär\n".encode("latin-1"), "not in UTF-8"),
+        ("a.parquet", "no parquet", "not a whole Parquet file"),
+        ("a.xlsx", "x", r"must be a file of kind \.csv"),
+    ],
+)
+def test_an_unusable_table_is_the_users_mistake(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_captions(table(tmp_path / name, content))
+
+
+def test_a_column_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"caption_column is 'alt', but .*a\.csv has only the columns image, text"):
+        read_captions(table(tmp_path / "a.csv", "image,text\na.jpg,x\n"), caption_column="alt")
+
+
+def folder_of(tmp_path: Path, *names: str) -> Path:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    return tmp_path
+
+
+def listed(source: Source) -> tuple[list[str], list[tuple[str, str, str]]]:
+    places, refused = source.places()
+    return places["file"].to_pylist(), [(r.shard, r.key, r.reason) for r in refused]
+
+
+def test_an_image_is_found_by_path_by_name_or_by_name_without_suffix(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "a/1.jpg", "b/1.png", "b/2.jpeg", "3.webp", "d/odd.dat", ".hidden/4.jpg", "notes.md")
+    names = ["a/1.jpg", "./b/1.png", "2.jpeg", "3", f"{tmp_path}/d/odd.dat", "web\\b\\2.jpeg"]
+    table(tmp_path / "captions.csv", "image,text\n" + "".join(f"{name},caption of {name}\n" for name in names))
+    files, refused = listed(open_source(str(folder)))
+    assert files == ["a/1.jpg", "b/1.png", "b/2.jpeg", "3.webp", "d/odd.dat"]
+    assert refused == []
+
+
+def test_a_name_that_may_mean_two_images_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "a/1.jpg", "b/1.jpg", "c/2.png", "c/2.jpg")
+    table(tmp_path / "captions.csv", "image,text\na/1.jpg,sure\n1.jpg,which\n2,which\n5.jpg,none\n")
+    files, refused = listed(open_source(str(folder)))
+    assert files == ["a/1.jpg"]
+    assert refused == [
+        ("captions.csv", "1.jpg", "ambiguous image name: a/1.jpg, b/1.jpg"),
+        ("captions.csv", "2", "ambiguous image name: c/2.jpg, c/2.png"),
+        ("captions.csv", "5.jpg", "no such image"),
+        ("b/1.jpg", "b/1.jpg", "no caption"),
+        ("c/2.jpg", "c/2.jpg", "no caption"),
+        ("c/2.png", "c/2.png", "no caption"),
+    ]
+
+
+def test_rows_of_one_image_become_one_row_in_the_order_of_the_table(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "x.jpg", "y.jpg", "z.jpg")
+    lines = [("y.jpg", ["one"]), ("x.jpg", ["two", "three"]), ("y.jpg", "four"), ("z.jpg", None)]
+    table(folder / "list.jsonl", "\n".join(json.dumps({"image": i, "captions": c}) for i, c in lines))
+    source = open_source(str(folder), name="mine")
+    places, refused = source.places()
+    rows = list(source.read(places))
+    assert [(row.key, row.captions, row.image, row.source) for row in rows] == [
+        ("y.jpg", ["one", "four"], b"y.jpg", "mine"),
+        ("x.jpg", ["two", "three"], b"x.jpg", "mine"),
+    ]
+    assert [(r.key, r.reason) for r in refused] == [("z.jpg", "no caption")]
+    (folder / "x.jpg").unlink()
+    assert next(iter(source.read(places.slice(1)))).refused.reason == "unreadable: FileNotFoundError"
+
+
+def test_the_table_of_captions_may_lie_outside_and_must_be_clear(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "in", "x.jpg")
+    with pytest.raises(UserError, match="there is none"):
+        open_source(str(folder))
+    outside = table(tmp_path / "list.tsv", "image\ttext\nx.jpg\tout\n")
+    assert listed(open_source(str(folder), captions=outside.url))[0] == ["x.jpg"]
+    for name in ("a.csv", "b.tsv"):
+        table(folder / name, "image,text\nx.jpg,in\n")
+    with pytest.raises(UserError, match=r"could be any of a\.csv, b\.tsv"):
+        open_source(str(folder))
+    assert listed(open_source(str(folder), captions="a.csv"))[0] == ["x.jpg"]
+    table(folder / "captions.csv", "image,text\nx.jpg,in\n")
+    assert listed(open_source(str(folder)))[0] == ["x.jpg"]
+    with pytest.raises(UserError, match="key_column is for Parquet"):
+        open_source(str(folder), key_column="id")
+
+
+def test_parquet_rows_keep_their_key_and_source(tmp_path: Path) -> None:
+    content = {"jpg": [b"a", b"b", None], "TEXT": ["x", "", "z"], "id": [7, None, 9], "source": ["web", None, None]}
+    pq.write_table(pa.table(content), tmp_path / "some.parquet", row_group_size=2)
+    source = open_source(str(tmp_path / "some.parquet"))
+    assert isinstance(source, ParquetSource)
+    places, refused = source.places()
+    assert refused == []
+    rows = list(source.read(places))
+    assert [(r.key, r.source, r.refused.reason) for r in rows] == [
+        ("7", "web", ""),
+        ("some/1", "some", "no caption"),
+        ("9", "some", "no image bytes"),
+    ]
+    assert [(r.refused.row_group, r.refused.row) for r in rows] == [(0, 0), (0, 1), (1, 0)]
+    assert [r.key for r in source.read(places.take([2, 0]))] == ["9", "7"]
+
+
+def test_every_parquet_file_must_have_the_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [b"a"], "text": ["x"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": [b"a"], "prose": ["x"]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"caption_column is 'text', but .*b\.parquet has only the columns image, prose"):
+        open_source(str(tmp_path))
+    with pytest.raises(UserError, match="key_column is 'id'"):
+        open_source(str(tmp_path / "a.parquet"), key_column="id")
+    pq.write_table(pa.table({"image": [b"a"], "text": [3]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="is of type int64; it must be string or list of string"):
+        open_source(str(tmp_path / "b.parquet"))

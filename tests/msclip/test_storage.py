@@ -1,0 +1,152 @@
+"""Folders on disk and, through a loopback server, in S3."""
+
+import errno
+import os
+import pickle
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from msclip.errors import UserError
+from msclip.storage import Folder
+
+
+@pytest.fixture(scope="module")
+def s3_url() -> Iterator[str]:
+    """A bucket on a moto server of this test's own."""
+    boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("moto")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    command = [sys.executable, "-c", "from moto.server import main; import sys; main(sys.argv[1:])"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        server = subprocess.Popen(
+            [*command, "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while True:
+                try:
+                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                    break
+                except OSError:
+                    assert time.monotonic() < deadline, "the S3 server did not start"
+                    time.sleep(0.1)
+            boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}").create_bucket(Bucket="bucket")
+            yield f"s3://bucket/runs?endpoint_override=127.0.0.1%3A{port}&scheme=http&region=us-east-1"
+        finally:
+            server.terminate()
+            server.wait(10)
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Folder]:
+    if request.param == "local":
+        yield Folder(tmp_path / "runs")
+        return
+    folder = Folder(request.getfixturevalue("s3_url")) / request.node.name.partition("[")[0]
+    yield folder
+    folder.delete()
+
+
+def test_what_is_written_is_read_listed_and_deleted(folder: Folder) -> None:
+    assert folder.names() == []
+    assert not folder.exists("a.txt")
+    folder.write_text("b.txt", "grün")
+    folder.write_bytes("a.txt", b"\x00\xff")
+    (folder / "steps" / "one").write_text("c.json", "{}")
+    assert folder.read_text("b.txt") == "grün"
+    assert folder.read_bytes("a.txt") == b"\x00\xff"
+    assert folder.read_text("steps/one/c.json") == "{}"
+    assert folder.names() == ["a.txt", "b.txt", "steps"]
+    assert folder.names("*.txt") == ["a.txt", "b.txt"]
+    assert folder.exists()
+    assert (folder / "a.txt").exists()
+    folder.delete("a.txt")
+    folder.delete("steps")
+    folder.delete("never was")
+    assert folder.names() == ["b.txt"]
+
+
+def test_a_missing_file_is_a_file_not_found_error(folder: Folder) -> None:
+    with pytest.raises(FileNotFoundError):
+        folder.read_bytes("nothing.json")
+
+
+def test_files_travel_both_ways(folder: Folder, tmp_path: Path) -> None:
+    content = os.urandom(300_000)
+    (tmp_path / "weights").write_bytes(content)
+    folder.upload(tmp_path / "weights", "model.safetensors")
+    folder.download("model.safetensors", tmp_path / "new" / "copy")
+    assert (tmp_path / "new" / "copy").read_bytes() == content
+
+
+def test_a_folder_survives_pickling_and_works_afterwards(folder: Folder) -> None:
+    (folder / "x").write_text("a b+c.txt", "here")
+    again = pickle.loads(pickle.dumps(folder / "x"))
+    assert again == folder / "x"
+    assert again.names() == ["a b+c.txt"]
+    assert Folder((folder / "x" / "a b+c.txt").url).exists()
+    assert again.filesystem.get_file_info(again.path).is_file is False
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_trace(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.write_text("state.json", "old")
+
+    def fill_the_disk() -> None:
+        with folder._replacing("state.json") as temporary:
+            temporary.write_text("half of the n")
+            assert folder.names() == ["state.json"]
+            raise OSError(errno.ENOSPC, "disk full")
+
+    with pytest.raises(OSError, match="full") as caught:
+        fill_the_disk()
+    assert caught.value.errno == errno.ENOSPC
+    assert folder.read_text("state.json") == "old"
+    assert os.listdir(tmp_path) == ["state.json"]
+
+
+def test_a_written_file_has_the_usual_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    Folder(tmp_path).write_text("ours", "")
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_lines_are_appended_locally_and_refused_in_an_object_store(tmp_path: Path, s3_url: str) -> None:
+    folder = Folder(tmp_path / "run")
+    folder.append_text("metrics.jsonl", "1\n")
+    folder.append_text("metrics.jsonl", "2\n")
+    assert folder.read_text("metrics.jsonl") == "1\n2\n"
+    with pytest.raises(ValueError, match="only replace whole files"):
+        Folder(s3_url).append_text("metrics.jsonl", "1\n")
+
+
+def test_a_relative_path_stays_the_same_folder_in_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Folder("runs/one")
+    monkeypatch.chdir("/")
+    assert folder.local == tmp_path / "runs" / "one"
+    assert Folder(f"file://{tmp_path}/a%20b").local == tmp_path / "a b"
+    assert folder.name == "one"
+
+
+@pytest.mark.parametrize("url", ["nonsense://bucket/x", "s3://", "s3:// /a b"])
+def test_a_url_no_file_system_knows_is_the_users_mistake(url: str) -> None:
+    with pytest.raises(UserError, match="s3://"):
+        Folder(url)
