@@ -1,0 +1,113 @@
+"""The loop in one process, without Ray: resuming, stopping, and what it writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import msclip
+from msclip import checkpoint, metrics_log
+from msclip.data.images import Augment, Preprocess
+from msclip.data.loader import Batches, local_units
+from msclip.data.plan import Plan
+from msclip.data.shards import Manifest
+from msclip.data.tokenizer import Tokenizer
+from msclip.engine import create_engine
+from msclip.optim import OptimConfig
+from msclip.storage import Folder
+from msclip.training import CheckpointConfig, LocalRun, TrainingConfig, train
+from tests.drawn import TEXTS, captioned
+
+STEPS, EVERY = 6, 2
+
+
+def pairs(folder: Path, count: int = 40) -> Path:
+    """`count` drawn pairs of two captions each."""
+    return captioned(folder / "pairs.parquet", [[TEXTS[i % 10], TEXTS[(i + 3) % 10]] for i in range(count)])
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return Manifest.load(str(pairs(tmp_path_factory.mktemp("data"))))
+
+
+def run_to(folder: Path, manifest: Manifest, steps: int = STEPS, **changes: Any) -> dict[str, Any]:
+    """Trains a tiny model up to `steps`, from the newest checkpoint in `folder` if there is one."""
+    torch.manual_seed(0)
+    run = LocalRun(Folder(folder))
+    optim = OptimConfig(**({"lr": 1e-3, "warmup_steps": 2, "clip_grad_norm": 1.0} | changes))
+    config = TrainingConfig(global_batch=16, epochs=None, steps=STEPS, log_every_steps=1)
+    tokenizer = Tokenizer.train(["a red circle", "two blue squares"], 600, context_length=16)
+    preprocess, plan = Preprocess(image_size=64), Plan(manifest.sizes, 16)
+    model = msclip.create_model("ms_clip_s_tiny", dropout=0.1)
+    engine = create_engine(
+        model, optim, mean=preprocess.mean, std=preprocess.std, total_steps=STEPS, micro_batch_size=16, device="cpu"
+    )
+    newest = checkpoint.newest(run.folder)
+    start = checkpoint.read_state(newest)["step"] if newest else 0
+    if newest:
+        engine.load_full_state(*checkpoint.load_optimizer(newest), step=start)
+    planned = plan.units(start_step=start, stop_step=steps)
+    units = local_units(manifest, planned, preprocess, tokenizer, Augment(flip=0.5), config.seed)
+
+    def save(step: int) -> None:
+        checkpoint.save(run.folder, {"step": step}, *engine.full_state(), model.config, tokenizer, preprocess)
+
+    batches = Batches(plan, 0, 1, start, steps, units)
+    every = CheckpointConfig(every_steps=EVERY, every_minutes=None)
+    return train(run, engine, batches, start_step=start, total_steps=steps, config=config, checkpoints=every, save=save)
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """All records, without what measures time."""
+    timed = ("time", "train/pairs_per_second", "train/data_wait")
+    return [{k: v for k, v in r.items() if k not in timed} for r in metrics_log.read(Folder(folder))]
+
+
+def test_a_resumed_run_equals_the_unbroken_one_to_the_last_bit(tmp_path: Path, manifest: Manifest) -> None:
+    run_to(tmp_path / "whole", manifest)
+    run_to(tmp_path / "broken", manifest, steps=5)  # checkpoints at 2, 4 and, as its last, 5
+    Folder(tmp_path / "broken/checkpoints" / checkpoint.folder_name(5)).delete()  # as if killed after step 5
+    run_to(tmp_path / "broken", manifest)
+    assert curve(tmp_path / "broken") == curve(tmp_path / "whole")
+    assert [r["step"] for r in curve(tmp_path / "whole")] == list(range(1, STEPS + 1))
+    ends = [checkpoint.finished(Folder(tmp_path / name))[-1] for name in ("whole", "broken")]
+    a, b = (msclip.load(end.url).model.state_dict() for end in ends)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice_and_keeps_the_checkpoints(tmp_path: Path, manifest: Manifest) -> None:
+    with pytest.raises(msclip.TrainingError, match=r"optim\.lr"):
+        run_to(tmp_path, manifest, lr=1e30, warmup_steps=0, clip_grad_norm=None, schedule="constant")
+    for folder in checkpoint.finished(Folder(tmp_path)):
+        assert all(t.isfinite().all() for t in msclip.load(folder.url).model.parameters())
+
+
+def test_too_many_bad_rows_stop_the_run_and_are_listed(tmp_path: Path) -> None:
+    path = pairs(tmp_path)
+    table = pq.read_table(path)
+    images = [b"broken" if i % 4 == 0 else image for i, image in enumerate(table["image"].to_pylist())]
+    pq.write_table(table.set_column(table.schema.get_field_index("image"), "image", pa.array(images)), path)
+    with pytest.raises(msclip.TrainingError, match="max_bad_fraction"):
+        run_to(tmp_path / "run", Manifest.load(str(path)))
+    rows = [json.loads(line) for line in Folder(tmp_path / "run").read_text("quarantine.jsonl").splitlines()]
+    assert {row["reason"] for row in rows} == {"not an image"}
+    assert all(row["row"] % 4 == 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"epochs": 1, "steps": 1}, "exactly one"),
+        ({"epochs": None}, "exactly one"),
+        ({"global_batch": 0}, "global_batch"),
+        ({"epochs": -1}, "positive"),
+    ],
+)
+def test_a_contradictory_length_is_refused(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(msclip.UserError, match=words):
+        TrainingConfig(**config)
