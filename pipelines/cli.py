@@ -1,0 +1,97 @@
+"""How every job reads its configuration and ends.
+
+A job is a frozen dataclass. `--config` takes a file or the name of a shipped YAML, `--section.key VALUE` changes one value,
+`--print_config` shows the result; unknown keys and wrong types end with status 2, as do all mistakes of a user.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import jsonargparse
+import yaml
+
+from msclip.errors import UserError
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+CONFIGS = Path(__file__).parent / "configs"
+Job = TypeVar("Job")
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def config_path(value: str) -> str:
+    """A path as it is; a shipped name becomes the path of its YAML."""
+    if Path(value).is_file():
+        return value
+    shipped = CONFIGS / f"{value}.yaml"
+    if shipped.is_file():
+        return str(shipped)
+    raise UserError(f"--config must be a YAML file or one of {', '.join(shipped_configs())}, got {value!r}")
+
+
+def parse(
+    job: type[Job], argv: Sequence[str] | None = None, *, prog: str | None = None, defaults: str | None = None
+) -> Job:
+    """The job that the command line describes.
+
+    Args:
+        job: the dataclass to fill.
+        argv: arguments without the program's name; null for the process's own.
+        prog: the program's name in help and errors.
+        defaults: YAML text that takes the place of the class's own defaults, for continuing a run.
+
+    Raises:
+        SystemExit: status 2 with a usage line, from jsonargparse, for an unknown key or a value of the wrong type.
+        UserError: `--config` names neither a file nor a shipped configuration.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            arguments[i + 1] = config_path(arguments[i + 1])
+        elif argument.startswith("--config="):
+            arguments[i] = "--config=" + config_path(argument.removeprefix("--config="))
+    parser = jsonargparse.ArgumentParser(prog=prog, description=(job.__doc__ or "").strip())
+    parser.add_argument("--config", action="config", help="a YAML file, or the name of a shipped one")
+    parser.add_class_arguments(job, as_group=False)
+    if defaults is not None:
+        parser.set_defaults(yaml.safe_load(defaults))
+    namespace = parser.parse_args(arguments)
+    namespace.pop("config", None)
+    return job(**parser.instantiate(namespace).as_dict())
+
+
+def take_option(arguments: list[str], name: str) -> str | None:
+    """Removes `name VALUE` or `name=VALUE` from `arguments` and returns the value.
+
+    Raises:
+        UserError: the option stands last, without its value.
+    """
+    for i, argument in enumerate(arguments):
+        if argument == name:
+            if i + 1 == len(arguments):
+                raise UserError(f"{name} needs a value")
+            value = arguments[i + 1]
+            del arguments[i : i + 2]
+            return value
+        if argument.startswith(name + "="):
+            del arguments[i]
+            return argument.removeprefix(name + "=")
+    return None
+
+
+def guard(main: Callable[[], int | None]) -> int:
+    """Runs a job's body; a `UserError` becomes one paragraph on stderr and its exit status."""
+    try:
+        return main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

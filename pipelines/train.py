@@ -1,0 +1,218 @@
+"""Train on a Ray cluster: `python -m pipelines.train --config flickr8k --data.train shards/`.
+
+The driver prepares what all workers must agree on (manifest, tokenizer, config in the run's folder) and starts Ray Train;
+each worker reads its share of every global batch through Ray Data. The run's folder is the only memory: a worker that
+starts, for the first time or after a crash, goes on from the newest complete checkpoint there. Runs as a module and, for
+`ray submit`, as a lone script.
+"""
+
+import itertools
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from msclip import checkpoint
+from msclip.data.captions import texts
+from msclip.data.images import Preprocess
+from msclip.data.parquet import read_row_group
+from msclip.data.plan import Plan
+from msclip.data.shards import Manifest
+from msclip.data.tokenizer import Tokenizer
+from msclip.errors import TrainingError, UserError
+from msclip.storage import Folder
+from pipelines import cli
+from pipelines.jobs import TrainJob
+
+CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"
+CAPTIONS_FOR_TOKENIZER = 1_000_000  # more change a vocabulary of 49,408 ids little
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the driver settles once for all workers."""
+
+    job: TrainJob
+    run: str
+    manifest: Manifest
+    tokenizer: str
+    use_gpu: bool
+
+    @property
+    def plan(self) -> Plan:
+        """Which rows make up which global batch."""
+        data, training = self.job.data, self.job.training
+        return Plan(self.manifest.sizes, training.global_batch, training.seed, lanes=data.lanes, window=data.window)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """From image files to the model's input."""
+        return Preprocess(image_size=self.job.model.image_size, **asdict(self.job.pixels))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains as the command line says; returns the exit status."""
+    job, resume = read_job(sys.argv[1:] if argv is None else list(argv))
+    return run(job, resume)
+
+
+def read_job(argv: list[str]) -> tuple[TrainJob, bool]:
+    """The job, and whether it continues a run: `--resume RUN` takes the config from that run's folder."""
+    arguments = list(argv)
+    resume = cli.take_option(arguments, "--resume")
+    if resume is None:
+        return cli.parse(TrainJob, arguments, prog="train"), False
+    folder = Folder(resume)
+    if not folder.exists(CONFIG):
+        raise UserError(f"--resume must be the folder of a run, got {resume!r}, which has no {CONFIG}")
+    job = cli.parse(TrainJob, arguments, prog="train", defaults=folder.read_text(CONFIG))
+    parent, _, name = folder.url.rstrip("/").rpartition("/")
+    return replace(job, run=replace(job.run, name=name, storage=parent)), True
+
+
+def run(job: TrainJob, resume: bool = False) -> int:
+    """Prepares and trains. Raises `UserError` for what the user can mend."""
+    folder = Folder(job.run.storage) / job.run.name
+    if not resume and folder.exists(CONFIG):
+        raise UserError(
+            f"run.name {job.run.name!r} exists in {job.run.storage}; continue it with --resume {folder.url}, or choose another"
+        )
+    manifest = Manifest.load(job.data.train, job.data.image_column, job.data.caption_column)
+    if manifest.rows < job.training.global_batch:
+        raise UserError(
+            f"training.global_batch must not exceed the {manifest.rows} rows of data.train, got {job.training.global_batch}"
+        )
+    from pipelines import session
+
+    with session.cluster(job.cluster):
+        use_gpu = session.uses_gpu(job.cluster)
+        tokenizer = prepare_tokenizer(job, manifest, folder, resume)
+        if not resume:
+            folder.write_text(CONFIG, yaml.safe_dump(plain(job), sort_keys=False))
+        prepared = Prepared(job, folder.url, manifest, tokenizer.to_json(), use_gpu)
+        total = job.training.total_steps(manifest.rows)
+        print(
+            f"run {folder.url}: {manifest.rows:,} pairs, {total:,} steps of {job.training.global_batch:,}, "
+            f"{job.cluster.num_workers} worker{'s' * (job.cluster.num_workers > 1)} on {'GPU' if use_gpu else 'CPU'}",
+            flush=True,
+        )
+        return fit(prepared, folder, total)
+
+
+def prepare_tokenizer(job: TrainJob, manifest: Manifest, folder: Folder, resume: bool) -> Tokenizer:
+    """The run's tokenizer, from its folder when it continues."""
+    context, vocabulary = job.model.context_length, job.model.vocab_size
+    if resume and folder.exists(TOKENIZER):
+        return Tokenizer.from_json(folder.read_text(TOKENIZER))
+    if job.tokenizer.source == "train":
+        captions = itertools.islice(read_captions(manifest), CAPTIONS_FOR_TOKENIZER)
+        tokenizer = Tokenizer.train(captions, vocabulary, context)
+    else:
+        tokenizer = Tokenizer.load(job.tokenizer.source, context, job.tokenizer.truncation)
+    if tokenizer.vocab_size > vocabulary:
+        raise UserError(
+            f"model.vocab_size must be at least the {tokenizer.vocab_size} ids of tokenizer.source "
+            f"{job.tokenizer.source!r}, got {vocabulary}"
+        )
+    folder.write_text(TOKENIZER, tokenizer.to_json())
+    return tokenizer
+
+
+def read_captions(manifest: Manifest) -> Iterator[str]:
+    """All captions, one row group at a time, without the images beside them."""
+    for group in manifest.row_groups:
+        file = manifest.shards[group.shard].file
+        column = read_row_group(manifest.folder, file, group.row_group, (manifest.caption_column,))[0]
+        for value in column.to_pylist():
+            yield from texts(value)
+
+
+def fit(prepared: Prepared, folder: Folder, total_steps: int) -> int:
+    """Runs Ray Train to the end and reports how it went."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from pipelines.progress import Progress
+
+    cluster = prepared.job.cluster
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"prepared": prepared},
+        torch_config=TorchConfig(backend="nccl" if prepared.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=prepared.use_gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if prepared.use_gpu else {})},
+        ),
+        # Ray's own records go apart: its checkpoint registry would be a second truth beside the markers in the folder.
+        run_config=RunConfig(
+            name="ray",
+            storage_path=folder.path,
+            storage_filesystem=folder.filesystem,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    with Progress(folder, total_steps):
+        try:
+            outcome = trainer.fit().return_value
+        except TrainingFailedError as error:
+            raise TrainingError(explain(error, folder)) from error
+    if outcome and "error" in outcome:
+        print(f"error: {outcome['error']}", file=sys.stderr)
+        return int(outcome["exit_status"])
+    newest = checkpoint.finished(folder)[-1]
+    print(f"finished: {newest.url}/{checkpoint.MODEL}")
+    return 0
+
+
+def explain(error: Exception, folder: Folder) -> str:
+    """One paragraph on why the workers could not go on."""
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [getattr(failure, "cause", failure) for failure in failures.values()] or [error.__cause__ or error]
+    first = next((c for c in causes if isinstance(c, UserError)), causes[0])
+    text = str(first).strip().splitlines()
+    return (
+        f"training failed with {type(first).__name__}: {text[-1] if text else 'no message'}. Workers' logs are in Ray's "
+        f"session folder (cluster.logs true shows them here); go on from the newest checkpoint with --resume {folder.url}"
+    )
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Runs in each training process. An error that all workers agree on is returned, so that it is not retried."""
+    from msclip.training import agree, train
+    from pipelines import worker
+
+    prepared: Prepared = config["prepared"]
+    try:
+        setup = agree(lambda: worker.prepare(prepared))
+        return train(**setup)
+    except UserError as error:
+        return {"error": str(error), "exit_status": error.exit_status}
+
+
+def plain(value: Any) -> Any:
+    """A config as YAML has it: mappings, lists and scalars."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def versions() -> dict[str, str]:
+    """What ran: the packages whose behaviour shows in the numbers."""
+    names = ("msclip", "torch", "ray", "deepspeed", "pillow", "tokenizers", "pyarrow")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except ImportError:  # run from a source tree
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(cli.guard(main))

@@ -1,0 +1,139 @@
+"""What a training process builds before its loop: model, engine, batches, and the newest checkpoint's state."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import msclip
+from msclip import checkpoint
+from msclip.data.loader import Batches
+from msclip.data.tokenizer import Tokenizer
+from msclip.engine import create_engine
+from msclip.errors import UserError
+from msclip.storage import Folder
+from pipelines.session import RayRun
+from pipelines.stream import ray_units
+from pipelines.train import Prepared, plain, versions
+
+
+def prepare(prepared: Prepared) -> dict[str, Any]:
+    """The arguments of `msclip.training.train`, for this worker.
+
+    Raises:
+        UserError: the newest checkpoint is of another architecture, or the data are not what it was trained on.
+    """
+    job, run = prepared.job, RayRun(Folder(prepared.run))
+    training, optim = job.training, job.optim
+    total_steps = training.total_steps(prepared.manifest.rows)
+    share = training.global_batch // run.world_size
+    torch.manual_seed(training.seed)
+    model = msclip.build(job.model)
+    newest = checkpoint.newest(run.folder)
+    state = checkpoint.read_state(newest) if newest else {"step": 0}
+    if newest:
+        check_same_data(prepared, state, newest)
+    engine = create_engine(
+        model,
+        optim,
+        mean=job.pixels.mean,
+        std=job.pixels.std,
+        total_steps=total_steps,
+        micro_batch_size=share // optim.accumulation_steps,
+        device=run.device,
+        zero_stage=training.zero_stage,
+        precision=training.precision,
+        seed=training.seed,
+    )
+    if newest:
+        tensors = checkpoint.load_optimizer(newest) if run.rank == 0 else ({}, {})
+        engine.load_full_state(*tensors, step=state["step"])
+    start_step = int(state["step"])
+    tokenizer = Tokenizer.from_json(prepared.tokenizer)
+    units = ray_units(
+        prepared.manifest,
+        prepared.plan,
+        prepared.preprocess,
+        prepared.tokenizer,
+        job.data.augment,
+        run.rank,
+        run.world_size,
+        start_step,
+        total_steps,
+        num_cpus=job.data.decode_cpus,
+    )
+    batches = Batches(
+        prepared.plan,
+        run.rank,
+        run.world_size,
+        start_step,
+        total_steps,
+        units,
+        pin_memory=run.device.type == "cuda",
+        prefetch=job.data.prefetch,
+    )
+    return {
+        "run": run,
+        "engine": engine,
+        "batches": batches,
+        "start_step": start_step,
+        "total_steps": total_steps,
+        "config": training,
+        "checkpoints": job.checkpoint,
+        "save": saver(prepared, run, engine, tokenizer),
+        "accumulation_steps": optim.accumulation_steps,
+        "max_bad_fraction": job.data.max_bad_fraction,
+    }
+
+
+def check_same_data(prepared: Prepared, state: dict[str, Any], newest: Folder) -> None:
+    """The plan counts rows of one manifest; on another it would mean other rows.
+
+    Raises:
+        UserError: data, batch or seed differ from the checkpoint's.
+    """
+    mine = identity(prepared)
+    for name, value in mine.items():
+        if state["plan"].get(name) != value:
+            raise UserError(
+                f"{newest.url} was trained with {name} {state['plan'].get(name)!r}, and this run has {value!r}: its data order "
+                "could not be continued. Use the same data and settings, or start a new run"
+            )
+
+
+def identity(prepared: Prepared) -> dict[str, Any]:
+    """What decides which rows a global batch holds."""
+    job = prepared.job
+    return {
+        "data": prepared.manifest.digest,
+        "training.global_batch": job.training.global_batch,
+        "training.seed": job.training.seed,
+        "data.lanes": job.data.lanes,
+        "data.window": job.data.window,
+    }
+
+
+def saver(prepared: Prepared, run: RayRun, engine: Any, tokenizer: Tokenizer) -> Callable[[int], None]:
+    """Writes the checkpoint of a step; called by every worker, since the state is gathered from all."""
+    job = prepared.job
+
+    def write(step: int, model_state: dict[str, Any], optimizer_state: dict[str, Any]) -> None:
+        if run.rank:
+            return
+        state = {
+            "step": step,
+            "plan": identity(prepared),
+            "world_size": run.world_size,
+            "job": json.loads(json.dumps(plain(job))),
+            "versions": versions(),
+            "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
+        }
+        checkpoint.save(run.folder, state, model_state, optimizer_state, job.model, tokenizer, prepared.preprocess)
+        checkpoint.prune(run.folder, job.checkpoint.keep, job.checkpoint.keep_optimizer)
+
+    def save(step: int) -> None:
+        model_state, optimizer_state = engine.full_state()
+        msclip.training.agree(lambda: write(step, model_state, optimizer_state))
+
+    return save

@@ -1,0 +1,76 @@
+"""Ray Data hands over exactly what decoding in one process gives: the same units, words for errors, and nothing left behind."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from msclip.data.decode import Decoded, local_units
+from msclip.data.images import Augment, Preprocess
+from msclip.data.loader import Batches
+from msclip.data.plan import Plan
+from msclip.data.shards import Manifest
+from msclip.data.tokenizer import Tokenizer
+from msclip.errors import UserError
+
+ROWS, PREPROCESS, AUGMENT = 60, Preprocess(image_size=8), Augment(flip=0.5)
+
+
+def picture(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(path: Path, good: range) -> Manifest:
+    images = [picture(i) if i in good else b"broken" for i in range(ROWS)]
+    table = pa.table(
+        {"image": images, "captions": [f"picture {i}" for i in range(ROWS)], "key": [f"k{i}" for i in range(ROWS)]}
+    )
+    pq.write_table(table, path, row_group_size=10)
+    return Manifest.load(str(path))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["picture one"], vocab_size=600, context_length=8)
+
+
+def stream(manifest: Manifest, plan: Plan, tokenizer: Tokenizer, *where: Any, **settings: Any) -> Iterator[Decoded]:
+    from pipelines.stream import ray_units
+
+    return ray_units(manifest, plan, PREPROCESS, tokenizer.to_json(), AUGMENT, *where, **settings)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_ray_data_brings_what_one_process_decodes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    manifest = write(tmp_path / "x.parquet", range(1, ROWS))
+    plan = Plan(manifest.sizes, 16, seed=3, lanes=2, unit_rows=12)
+    where = 1, 2, 1, 9  # the second of two workers, resumed at step 1, more than two epochs
+    listed = list(plan.units(*where))
+    local = list(local_units(manifest, listed, PREPROCESS, tokenizer, AUGMENT, plan.seed))
+    found = list(stream(manifest, plan, tokenizer, *where, span_units=len(listed) // 2 + 1))
+    for mine, theirs in zip(local, found, strict=True):
+        assert (mine.epoch, mine.bad) == (theirs.epoch, theirs.bad)
+        for name in ("row", "pixels", "token_ids"):
+            left, right = getattr(mine, name), getattr(theirs, name)
+            assert left.dtype == right.dtype
+            np.testing.assert_array_equal(left, right)
+    assert {row.key for unit in found for row in unit.bad} == {"k0"}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_mistake_in_the_data_reaches_the_loop_in_its_own_words(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    manifest = write(tmp_path / "x.parquet", range(10, ROWS))
+    plan = Plan(manifest.sizes, 16, seed=3)
+    with (
+        pytest.raises(UserError, match=r"^no row of row group 0 of .*x\.parquet can be used; row \d: not an image\."),
+        Batches(plan, 0, 1, 0, None, stream(manifest, plan, tokenizer, 0, 1, 0, None, span_units=40)) as batches,
+    ):
+        list(batches)
