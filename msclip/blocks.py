@@ -34,9 +34,7 @@ class MLP(nn.Module):
         return self.proj(self.act(self.fc(x)))
 
 
-def dense_attention(
-    qkv: Float[Tensor, "images grid three_width"], num_heads: int
-) -> Float[Tensor, "images grid width"]:
+def dense_attention(qkv: Float[Tensor, "images grid three_width"], num_heads: int) -> Float[Tensor, "images grid width"]:
     """Every token of an image sees every other."""
     # (images, grid, 3*width) -> q, k, v, each (images, heads, grid, head)
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)

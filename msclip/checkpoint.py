@@ -112,9 +112,7 @@ def _local_copy(path: str, scratch: Path) -> Path:
         local = Path(path)
         local = local / MODEL if local.is_dir() else local
         if not local.is_file():
-            raise UserError(
-                f"there is no exported model at {path}; give a {MODEL} or a checkpoint folder that holds one"
-            )
+            raise UserError(f"there is no exported model at {path}; give a {MODEL} or a checkpoint folder that holds one")
         return local
     location, mark, query = path.partition("?")
     folder, name = Folder(path), MODEL

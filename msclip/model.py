@@ -79,8 +79,7 @@ class ModelConfig:
             )
         if self.sharing.anything and self.num_heads != self.text_heads:
             raise UserError(
-                f"model.sharing needs equal heads, got model.num_heads {self.num_heads} and "
-                f"model.text_heads {self.text_heads}"
+                f"model.sharing needs equal heads, got model.num_heads {self.num_heads} and model.text_heads {self.text_heads}"
             )
         if (self.stem or self.branch_layers) and (self.patch_size not in (4, 8, 16, 32) or self.width % 32):
             raise UserError(
@@ -243,9 +242,7 @@ class Model(nn.Module):
         embedded = self.projection(self.final_norm(rows, split), split)
         return (None if images is None else embedded[:split]), (None if text is None else embedded[split:])
 
-    def encode_image(
-        self, images: Float[Tensor, "images 3 size size"], normalize: bool = True
-    ) -> Float[Tensor, "images dim"]:
+    def encode_image(self, images: Float[Tensor, "images 3 size size"], normalize: bool = True) -> Float[Tensor, "images dim"]:
         """Embeds normalised images (see `Preprocess`); unit length unless `normalize` is false."""
         features, _ = self._run(images, None)
         assert features is not None

@@ -79,9 +79,7 @@ class Tokens:
     text: PackedText | None
 
     @staticmethod
-    def join(
-        image: Float[Tensor, "images grid width"] | None, text_rows: Tensor | None, text: PackedText | None
-    ) -> "Tokens":
+    def join(image: Float[Tensor, "images grid width"] | None, text_rows: Tensor | None, text: PackedText | None) -> "Tokens":
         """The stream of whichever modalities are given."""
         images, grid = (image.shape[0], image.shape[1]) if image is not None else (0, 0)
         parts = [x for x in (None if image is None else image.flatten(0, 1), text_rows) if x is not None]

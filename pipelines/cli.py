@@ -35,9 +35,7 @@ def config_path(value: str) -> str:
     raise UserError(f"--config must be a YAML file or one of {', '.join(shipped_configs())}, got {value!r}")
 
 
-def parse(
-    job: type[Job], argv: Sequence[str] | None = None, *, prog: str | None = None, defaults: str | None = None
-) -> Job:
+def parse(job: type[Job], argv: Sequence[str] | None = None, *, prog: str | None = None, defaults: str | None = None) -> Job:
     """The job that the command line describes.
 
     Args:

@@ -2,8 +2,9 @@
 
 Each training worker has its own stream. A unit is one task, and its result one row of one block (a row of large arrays), so
 Ray Data can neither split nor join units; with `preserve_order` they arrive as listed. `streaming_split(1)` puts the executor
-into a process of its own, away from the training step. A stream is cut into spans of at most 4,096 units because an
-execution plans all its tasks at the start (1 to 4 s); the next span starts while the last units of the previous one come.
+into a process of its own, away from the training step. A stream is cut into spans of at most 1,024 units because an
+execution plans all its tasks at the start (5 ms each on two busy cores); the next span starts while the last units of the
+previous one come.
 
 A task carries two object references instead of the manifest, the tokenizer and the row ids: those are fetched once a process.
 """
@@ -35,12 +36,14 @@ from msclip.data.tokenizer import Tokenizer
 from msclip.errors import UserError
 
 T = TypeVar("T")
-SPAN_UNITS = 4096
+SPAN_UNITS = 1024
 _PREFETCH_UNITS = 4
 _EARLY_UNITS = 256
 _STORE_SHARE = 0.4
 """Of the cluster's object memory, for the finished units of all workers; two spans overlap for a while, hence under 1/2."""
 _PATIENCE_SECONDS = 60
+_NODES_COME_SECONDS = 15 * 60
+"""Time for an autoscaler to add nodes, where the training workers hold every CPU."""
 _ATTEMPTS = 5
 """At a unit whose storage fails, 15 s in all: a busy object store is no reason to lose a training run."""
 
@@ -105,10 +108,10 @@ def ray_units(
 
     Args:
         num_cpus: logical CPUs a task occupies. At least this many must be left beside the training workers, or the stream
-            waits for ever; it then says so in the log.
+            waits for nodes: a warning after 1 minute, an error after 16.
 
     Raises:
-        UserError: what `decode_unit` found, with its words.
+        UserError: what `decode_unit` found, with its words; or no node came with CPUs for decoding.
         ray.exceptions.RayTaskError: any other failure of a task, with its traceback.
     """
     content = _Shared(manifest, preprocess, tokenizer_json, augment, plan.seed)
@@ -124,12 +127,8 @@ def ray_units(
     idle = ray.available_resources().get("CPU", 0)
     spans = [_in_background(start)]  # the current one, and from its last units on the next
     try:
-        if idle < num_cpus and not wait(spans, timeout=_PATIENCE_SECONDS).done:
-            logger.warning(
-                f"no data after {_PATIENCE_SECONDS} s: a decoding task needs {num_cpus:g} CPUs (data.decode_cpus), and beside "
-                f"the training workers {idle:g} of the cluster's {ray.cluster_resources().get('CPU', 0):g} were free. Use "
-                "fewer workers, fewer CPUs for each, or add nodes"
-            )
+        if idle < num_cpus:
+            _wait_for_nodes(spans[0], num_cpus, idle)
         while (span := spans[0].result()) is not None:
             for left in range(span.count - 1, -1, -1):
                 if left <= _EARLY_UNITS and len(spans) == 1:
@@ -169,7 +168,20 @@ class _Span:
 
     def close(self) -> None:
         """Ends the execution if it still runs."""
-        self._blocks.close()
+        if ray.is_initialized():  # else there is none, and Ray would start a cluster to tell it so
+            self._blocks.close()
+
+
+def _wait_for_nodes(span: Future[_Span | None], num_cpus: float, idle: float) -> None:
+    message = (
+        f"no data after {{:.0f}} s: a decoding task needs {num_cpus:g} CPUs (data.decode_cpus), and of the cluster's "
+        f"{ray.cluster_resources().get('CPU', 0):g} the training workers leave {idle:g}. Use fewer workers "
+        "(cluster.num_workers) or fewer CPUs for each (cluster.cpus_per_worker), or add nodes"
+    )
+    if not wait([span], timeout=_PATIENCE_SECONDS).done:
+        logger.warning(message.format(_PATIENCE_SECONDS))
+        if not wait([span], timeout=_NODES_COME_SECONDS).done:
+            raise UserError(message.format(_PATIENCE_SECONDS + _NODES_COME_SECONDS))
 
 
 def _close(span: Future[_Span | None]) -> None:

@@ -27,20 +27,21 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
     job, run = prepared.job, RayRun(Folder(prepared.run))
     training, optim = job.training, job.optim
     total_steps = training.total_steps(prepared.manifest.rows)
-    share = training.global_batch // run.world_size
-    torch.manual_seed(training.seed)
-    model = msclip.build(job.model)
     newest = checkpoint.newest(run.folder)
     state = checkpoint.read_state(newest) if newest else {"step": 0}
     if newest:
         check_same_data(prepared, state, newest)
+    start_step = int(state["step"])
+    # Reading starts at once, so that it is under way when the engine is ready.
+    batches = read_batches(prepared, run, start_step, total_steps)
+    torch.manual_seed(training.seed)
     engine = create_engine(
-        model,
+        msclip.build(job.model),
         optim,
         mean=job.pixels.mean,
         std=job.pixels.std,
         total_steps=total_steps,
-        micro_batch_size=share // optim.accumulation_steps,
+        micro_batch_size=training.global_batch // run.world_size // optim.accumulation_steps,
         device=run.device,
         zero_stage=training.zero_stage,
         precision=training.precision,
@@ -48,31 +49,8 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
     )
     if newest:
         tensors = checkpoint.load_optimizer(newest) if run.rank == 0 else ({}, {})
-        engine.load_full_state(*tensors, step=state["step"])
-    start_step = int(state["step"])
+        engine.load_full_state(*tensors, step=start_step)
     tokenizer = Tokenizer.from_json(prepared.tokenizer)
-    units = ray_units(
-        prepared.manifest,
-        prepared.plan,
-        prepared.preprocess,
-        prepared.tokenizer,
-        job.data.augment,
-        run.rank,
-        run.world_size,
-        start_step,
-        total_steps,
-        num_cpus=job.data.decode_cpus,
-    )
-    batches = Batches(
-        prepared.plan,
-        run.rank,
-        run.world_size,
-        start_step,
-        total_steps,
-        units,
-        pin_memory=run.device.type == "cuda",
-        prefetch=job.data.prefetch,
-    )
     return {
         "run": run,
         "engine": engine,
@@ -85,6 +63,22 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
         "accumulation_steps": optim.accumulation_steps,
         "max_bad_fraction": job.data.max_bad_fraction,
     }
+
+
+def read_batches(prepared: Prepared, run: RayRun, start_step: int, total_steps: int) -> Batches:
+    """This worker's share of every global batch, decoded on the cluster's CPUs."""
+    data, place = prepared.job.data, (run.rank, run.world_size, start_step, total_steps)
+    units = ray_units(
+        prepared.manifest,
+        prepared.plan,
+        prepared.preprocess,
+        prepared.tokenizer,
+        data.augment,
+        *place,
+        num_cpus=data.decode_cpus,
+    )
+    on_gpu = run.device.type == "cuda"
+    return Batches(prepared.plan, *place, units, pin_memory=on_gpu, prefetch=data.prefetch)
 
 
 def check_same_data(prepared: Prepared, state: dict[str, Any], newest: Folder) -> None:
@@ -104,13 +98,13 @@ def check_same_data(prepared: Prepared, state: dict[str, Any], newest: Folder) -
 
 def identity(prepared: Prepared) -> dict[str, Any]:
     """What decides which rows a global batch holds."""
-    job = prepared.job
+    plan = prepared.plan
     return {
         "data": prepared.manifest.digest,
-        "training.global_batch": job.training.global_batch,
-        "training.seed": job.training.seed,
-        "data.lanes": job.data.lanes,
-        "data.window": job.data.window,
+        "training.global_batch": plan.global_batch,
+        "training.seed": plan.seed,
+        "data.lanes": plan.lanes,
+        "data.window": plan.window,
     }
 
 

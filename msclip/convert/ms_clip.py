@@ -104,10 +104,8 @@ def infer_config(state_dict: Mapping[str, Tensor]) -> ModelConfig:
         raise UserError(f"this is not an MS-CLIP or CLIP (ViT) state dict: it has no {error}") from None
     stem = "visual.transformer.resblocks.0.conv1.weight" in state_dict
     branch = state_dict.get("visual.transformer.parallel_lateral_adapter.0.top2bottom_dw_conv.conv.weight")
-    if stem:  # the finest adapter's kernel spans one patch at half resolution
-        patch_size = 32 if branch is None else 2 * branch.shape[-1]
-    else:
-        patch_size = state_dict["visual.conv1.weight"].shape[-1]
+    kernel = 16 if branch is None else branch.shape[-1]  # of the finest adapter: one patch, at half resolution
+    patch_size = 2 * kernel if stem else state_dict["visual.conv1.weight"].shape[-1]
 
     def depth(prefix: str) -> int:
         pattern = re.compile(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
@@ -175,9 +173,7 @@ def from_state_dict(state_dict: Mapping[str, Tensor], **overrides: Any) -> Model
     if missing := sorted(wanted - set(state_dict)):
         raise UserError(f"the state dict lacks {len(missing)} tensors of this architecture, the first: {missing[0]}")
     if foreign := sorted(set(state_dict) - wanted):
-        raise UserError(
-            f"the state dict has {len(foreign)} tensors that this architecture lacks, the first: {foreign[0]}"
-        )
+        raise UserError(f"the state dict has {len(foreign)} tensors that this architecture lacks, the first: {foreign[0]}")
     differing = [
         " and ".join(group)
         for group in names.values()

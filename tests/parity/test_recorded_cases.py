@@ -69,9 +69,7 @@ def test_training_mode_gives_the_recorded_features_gradients_and_buffers(shared_
     image, text, temperature = model(groups["images"][""], pack(groups["tokens"][""]))
     logits = temperature * image @ text.T
     targets = torch.arange(len(logits))
-    loss = (
-        torch.nn.functional.cross_entropy(logits, targets) + torch.nn.functional.cross_entropy(logits.T, targets)
-    ) / 2
+    loss = (torch.nn.functional.cross_entropy(logits, targets) + torch.nn.functional.cross_entropy(logits.T, targets)) / 2
     loss.backward()
     assert close(image, groups["image_features"][""])
     assert close(text, groups["text_features"][""])

@@ -1,0 +1,183 @@
+"""The training job on two Ray Train workers: faults, resuming on other workers, and mistakes of a user."""
+
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from msclip import checkpoint, metrics_log
+from msclip.storage import Folder
+from pipelines import cli, train
+from tests.drawn import TEXTS, captioned
+
+STEPS, EVERY = 60, 20
+CONFIG = {
+    # No BatchNorm, so that one worker computes what two do.
+    "model": {
+        **{"image_size": 32, "patch_size": 16, "stem": False, "branch_layers": [], "sharing": {"layers": "all"}},
+        **{"width": 32, "text_width": 32, "layers": 2, "text_layers": 2, "num_heads": 2, "text_heads": 2},
+        **{"embed_dim": 16, "vocab_size": 600, "context_length": 16, "dropout": 0.0},
+    },
+    "data": {"augment": {"flip": 0.5}},
+    "optim": {"lr": 1e-3, "warmup_steps": 5, "clip_grad_norm": 1.0},
+    "training": {"global_batch": 16, "epochs": None, "steps": STEPS, "precision": "fp32", "log_every_steps": 1},
+    "checkpoint": {"every_steps": EVERY, "every_minutes": None, "keep_optimizer": 9},
+    "cluster": {"num_workers": 2, "use_gpu": False, "max_failures": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn pairs, and the config beside them."""
+    folder = tmp_path_factory.mktemp("train")
+    captioned(folder / "pairs.parquet", [[TEXTS[i % 10], TEXTS[(i + 3) % 10]] for i in range(96)])
+    data = {**CONFIG["data"], "train": str(folder / "pairs.parquet")}
+    (folder / "job.yaml").write_text(yaml.safe_dump({**CONFIG, "data": data, "run": {"storage": str(folder / "runs")}}))
+    return folder
+
+
+def start(folder: Path, *arguments: str) -> int:
+    """The job as the command line runs it; returns the exit status."""
+    return cli.guard(lambda: train.main(["--config", str(folder / "job.yaml"), *arguments]))
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder: Path, ray_session: None) -> Folder:
+    """A run that nothing disturbed."""
+    assert start(folder, "--run.name", "unbroken") == 0
+    return Folder(folder / "runs" / "unbroken")
+
+
+def copied(unbroken: Folder, name: str, until: int) -> Folder:
+    """The run as it was when its checkpoint of step `until` had just been written."""
+    assert unbroken.local is not None
+    target = unbroken.local.parent / name
+    shutil.copytree(unbroken.local, target)
+    for later in checkpoint.finished(Folder(target)):
+        if checkpoint.read_state(later)["step"] > until:
+            later.delete()
+    return Folder(target)
+
+
+def curve(run: Folder) -> list[dict[str, Any]]:
+    """All records, without what measures time."""
+    timed = ("time", "train/pairs_per_second", "train/data_wait")
+    return [{k: v for k, v in record.items() if k not in timed} for record in metrics_log.read(run)]
+
+
+def kill_a_worker_after(run: Folder, step: int, killed: list[int]) -> None:
+    """SIGKILL to one training process of this test's own Ray, as soon as `step` is in the log."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        records = metrics_log.read(run)
+        if records and records[-1]["step"] > step:
+            for process in psutil.Process().children(recursive=True):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    process.kill()
+                    killed.append(records[-1]["step"])
+                    return
+        time.sleep(0.01)
+
+
+def test_after_a_worker_is_killed_every_later_batch_and_loss_is_the_unbroken_runs(folder: Path, unbroken: Folder) -> None:
+    run, killed = Folder(folder / "runs" / "killed"), list[int]()
+    killer = threading.Thread(target=kill_a_worker_after, args=(run, EVERY + 3, killed))
+    killer.start()
+    assert start(folder, "--run.name", "killed") == 0
+    killer.join()
+    assert killed
+    assert EVERY < killed[0] < STEPS
+    assert [record["step"] for record in curve(run)] == list(range(1, STEPS + 1))
+    assert curve(run) == curve(unbroken)
+    assert len(checkpoint.finished(run)) == STEPS // EVERY
+
+
+def test_a_run_goes_on_with_other_workers_and_another_zero_stage(unbroken: Folder) -> None:
+    run = copied(unbroken, "fewer", until=EVERY)
+    arguments = ["--resume", run.url, "--cluster.num_workers", "1", "--training.zero_stage", "2"]
+    assert cli.guard(lambda: train.main(arguments)) == 0
+    ours, theirs = curve(run), curve(unbroken)
+    assert [record["batch"] for record in ours] == [record["batch"] for record in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], abs=1e-5)
+        assert a["train/lr"] == b["train/lr"]
+
+
+def test_a_checkpoint_of_another_architecture_ends_in_one_paragraph(
+    unbroken: Folder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(unbroken, "wider", until=EVERY)
+    before = sorted(path for path in Path(run.url).rglob("*.safetensors"))
+    assert cli.guard(lambda: train.main(["--resume", run.url, "--model.embed_dim", "24"])) == 2
+    error = capfd.readouterr().err
+    assert "projection" in error
+    assert "Traceback" not in error
+    assert sorted(path for path in Path(run.url).rglob("*.safetensors")) == before
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_paragraph(
+    folder: Path, ray_session: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wild = ["--optim.lr", "1e30", "--optim.warmup_steps", "0", "--optim.clip_grad_norm", "null"]
+    assert start(folder, "--run.name", "wild", *wild) == 1
+    error = capfd.readouterr().err
+    assert "optim.lr" in error
+    assert "Traceback" not in error
+    assert not checkpoint.finished(Folder(folder / "runs" / "wild"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--data.train", "/no/such/place"), "/no/such/place"),
+        (("--data.caption_column", "text"), "captions"),
+        (("--data.image_column", "picture"), "picture"),
+        (("--cluster.num_workers", "3"), "num_workers"),
+        (("--cluster.num_workers", "16"), "CPU"),
+        (("--training.global_batch", "128"), "global_batch"),
+        (("--model.vocab_size", "500"), "vocab_size"),
+        (("--tokenizer.source", "/no/tokenizer.json"), "tokenizer"),
+        (("--model.patch_size", "15"), "patch_size"),
+        (("--resume", "/no/such/run"), "--resume"),
+    ],
+)
+def test_a_users_mistake_is_one_paragraph_and_status_2(
+    folder: Path, ray_session: None, capfd: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    status = start(folder, "--run.name", "mistaken", *arguments)
+    error = capfd.readouterr().err
+    assert status == 2
+    assert words in error
+    assert "Traceback" not in error
+    assert not (folder / "runs" / "mistaken" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--model.widht", "32"), ("--training.steps", "many"), ("--training.precision", "fp8"), ("--config", "nope")]
+)
+def test_an_unknown_key_or_value_is_status_2(
+    folder: Path, capfd: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(start(folder, *arguments))
+    assert ended.value.code == 2
+    error = capfd.readouterr().err
+    assert arguments[1] in error or arguments[0].removeprefix("--") in error
+    assert "Traceback" not in error
+
+
+def test_an_empty_folder_is_refused(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert start(folder, "--data.train", str(tmp_path)) == 2
+    assert str(tmp_path) in capfd.readouterr().err
+
+
+def test_a_run_is_never_overwritten(folder: Path, unbroken: Folder, capfd: pytest.CaptureFixture[str]) -> None:
+    before = curve(unbroken)
+    assert start(folder, "--run.name", "unbroken") == 2
+    assert "--resume" in capfd.readouterr().err
+    assert curve(unbroken) == before
