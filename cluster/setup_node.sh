@@ -11,8 +11,8 @@ if ! dpkg --status python3-venv >/dev/null 2>&1; then
   sudo apt-get -o DPkg::Lock::Timeout=300 install --quiet --yes python3-venv
 fi
 
-# Nodes without a GPU take torch's CPU build, and start sooner for it.
-nvidia-smi --list-gpus >/dev/null 2>&1 || export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# Nodes without a GPU start sooner with torch's CPU build: set TORCH_CPU_INDEX to the index that PyTorch's guide names for it.
+nvidia-smi --list-gpus >/dev/null 2>&1 || export PIP_EXTRA_INDEX_URL="${TORCH_CPU_INDEX:-}"
 
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet -c "$code/constraints.txt" pip setuptools wheel

@@ -32,7 +32,7 @@ class DemoJob:
     """Folder for everything; what an earlier demo left there is replaced."""
     images: int = 4000
     """Training images to draw."""
-    epochs: float = 20
+    epochs: float = 16
     """Passes over them."""
     workers: int = 2
     """Training processes."""
