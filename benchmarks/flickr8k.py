@@ -21,7 +21,7 @@ import yaml
 
 import msclip
 from msclip import metrics_log
-from msclip.model import ModelConfig
+from msclip.config import ModelConfig
 from msclip.storage import Folder
 from pipelines import cli, evaluate, session, train
 from pipelines.jobs import ClusterConfig

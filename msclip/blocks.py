@@ -10,24 +10,28 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from msclip.config import ModelConfig
 from msclip.sharing import Modality, Paired
 from msclip.tokens import PackedText, Tokens
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the activation of CLIP and MS-CLIP in both encoders."""
+    """x * sigmoid(1.702 x), the activation of CLIP and MS-CLIP."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(1.702 * x) / 1.702  # one saved tensor and one backward kernel instead of three
 
 
+ACTIVATIONS: dict[str, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
 class MLP(nn.Module):
     """width -> 4 width -> width."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, activation: str):
         super().__init__()
         self.fc = nn.Linear(width, 4 * width)
-        self.act = QuickGELU()
+        self.act = ACTIVATIONS[activation]()
         self.proj = nn.Linear(4 * width, width)
 
     def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
@@ -86,22 +90,19 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """x + attention(ln1(x)), then x + mlp(ln2(x)), for the modalities that have a layer at this depth."""
 
-    def __init__(
-        self,
-        widths: dict[Modality, int],
-        num_heads: dict[Modality, int],
-        shared: frozenset[str],
-        modalities: tuple[Modality, ...],
-        norm_eps: float,
-        dropout: float,
-    ):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.modalities = modalities
-        self.ln1 = Paired(lambda m: nn.LayerNorm(widths[m], eps=norm_eps), "ln1" in shared, modalities)
-        self.attn = Attention(widths, num_heads, "attn" in shared, modalities)
-        self.ln2 = Paired(lambda m: nn.LayerNorm(widths[m], eps=norm_eps), "ln2" in shared, modalities)
-        self.mlp = Paired(lambda m: MLP(widths[m]), "ffn" in shared, modalities)
-        self.dropout = nn.Dropout(dropout)
+        self.modalities = modalities = config.modalities_at(layer)
+        widths, sharing, here = config.widths, config.sharing, layer in config.shared_layers
+
+        def norm(modality: Modality) -> nn.LayerNorm:
+            return nn.LayerNorm(widths[modality], eps=config.norm_eps)
+
+        self.ln1 = Paired(norm, here and sharing.ln1, modalities)
+        self.attn = Attention(widths, config.heads, here and sharing.attn, modalities)
+        self.ln2 = Paired(norm, here and sharing.ln2, modalities)
+        self.mlp = Paired(lambda m: MLP(widths[m], config.activation), here and sharing.ffn, modalities)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens: Tokens) -> Tokens:
         if len(self.modalities) < len(tokens.modalities):  # the other modality has its own kind of layer here

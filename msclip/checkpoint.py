@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from msclip.config import ModelConfig
 from msclip.data.images import Preprocess
 from msclip.data.tokenizer import Tokenizer
 from msclip.errors import TrainingError, UserError
-from msclip.model import Model, ModelConfig, build
+from msclip.model import Model, build
 from msclip.storage import Folder
 
 FORMAT = "msclip/1"

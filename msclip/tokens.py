@@ -34,6 +34,16 @@ class PackedText:
         return len(self.offsets) - 1
 
     @property
+    def starts(self) -> Int[Tensor, "captions"]:
+        """Row of each caption's first token."""
+        return self.offsets[:-1].long()
+
+    @property
+    def captions(self) -> Int[Tensor, "tokens"]:
+        """Which caption each token belongs to."""
+        return self.padded // self.max_length
+
+    @property
     def ends(self) -> Int[Tensor, "captions"]:
         """Row of each caption's last token, the one that is pooled."""
         return self.offsets[1:].long() - 1

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from msclip.config import ModelConfig
 from msclip.data.loader import DataConfig
 from msclip.errors import UserError
-from msclip.model import ModelConfig
 from msclip.optim import OptimConfig
 from msclip.training import CheckpointConfig, TrainingConfig
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msclip.config import ModelConfig
 from msclip.errors import UserError
-from msclip.model import Model, ModelConfig, build
+from msclip.model import Model, build
 from msclip.sharing import Sharing
 
 PREFIX = {"image": "visual.", "text": ""}

@@ -22,7 +22,7 @@ from msclip.eval import retrieval, zeroshot
 from msclip.eval.retrieval import CUTOFFS
 from msclip.eval.rows import open_rows
 from msclip.eval.tasks import OF_KIND, Task, split_parent
-from msclip.model import PRESETS
+from msclip.presets import PRESETS
 from msclip.storage import Folder
 
 # Part of every task digest; raise it when a metric changes its meaning, so that old results are not taken for new ones.

@@ -1,10 +1,13 @@
 """The model: sizes, sharing by identity, and the joint forward against encoding each modality by itself."""
 
+from typing import Any
+
 import pytest
 import torch
 
 import msclip
-from msclip.model import PRESETS, ModelConfig
+from msclip.config import ModelConfig
+from msclip.presets import PRESETS
 from msclip.sharing import Sharing
 from msclip.tokens import pack
 
@@ -15,7 +18,7 @@ PARAMETERS = {
     "clip_b32": 151_277_313,
 }
 # Every way the two encoders can differ at a size that runs in milliseconds.
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "ms_clip_s": {},
     "patch_16": {"patch_size": 16},
     "no_stem": {"stem": False},
@@ -57,7 +60,7 @@ def test_published_models_have_their_exact_number_of_parameters(name: str) -> No
         ({"branch_layers": (2, 4, 6, 8, 10)}, 130_256_593),
     ],
 )
-def test_the_spectrum_of_sharing_has_the_papers_sizes(overrides: dict[str, object], count: int) -> None:
+def test_the_spectrum_of_sharing_has_the_papers_sizes(overrides: dict[str, Any], count: int) -> None:
     model = msclip.create_model("ms_clip_b32", device="meta", **overrides)
     assert sum(p.numel() for p in model.parameters()) == count
 
@@ -187,7 +190,7 @@ def test_configs_survive_plain_values(name: str) -> None:
         ({"depth": 3}, "depth"),
     ],
 )
-def test_a_contradiction_is_refused_by_name(overrides: dict[str, object], words: str) -> None:
+def test_a_contradiction_is_refused_by_name(overrides: dict[str, Any], words: str) -> None:
     with pytest.raises(msclip.UserError, match=words):
         msclip.create_model("ms_clip_s_b32", device="meta", **overrides)
 

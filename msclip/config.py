@@ -1,0 +1,190 @@
+"""What a model is, as a value: sizes, towers, and how much the two sides share.
+
+Every combination that cannot be built is refused here, by the names a user wrote.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from msclip.errors import UserError
+from msclip.sharing import Modality, Sharing
+
+RESNET_REDUCTION = 32  # input pixels a cell of a ResNet's last map
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and sharing of a model; the defaults are MS-CLIP-S B/32."""
+
+    image_size: int = 224
+    """Side of the square input, pixels."""
+    patch_size: int = 32
+    """Side of the square that becomes one token, pixels; strides and kernels of stem and branch follow from it. 32 for
+    `modified_resnet`, a cell of whose last map it is."""
+    width: int = 768
+    """Channels of an image token; for `modified_resnet`, of its stem, a 32nd of those of its last map."""
+    layers: int = 12
+    """Transformer layers of the image encoder; with `stem` the first of these is the stem. 0 for `modified_resnet`."""
+    num_heads: int = 12
+    """Attention heads of the image encoder; for `modified_resnet`, of its pooling."""
+    text_width: int = 768
+    """Channels of a text token; where anything is shared it must equal `width`."""
+    text_layers: int = 12
+    """Transformer layers of the text encoder. 0 for `cbow`."""
+    text_heads: int = 12
+    """Attention heads of the text encoder. 0 for `cbow`."""
+    embed_dim: int = 512
+    """Size of the common embedding space."""
+    vocab_size: int = 49408
+    """Ids the token table has; the tokenizer's must not exceed it."""
+    context_length: int = 77
+    """Longest caption in tokens, start and end included."""
+    image_tower: Literal["vit", "modified_resnet"] = "vit"
+    """A vision transformer, or CLIP's ResNet with attention pooling, which can share nothing."""
+    resnet_blocks: tuple[int, ...] = ()
+    """Bottlenecks in each of the four stages of `modified_resnet`: 3,4,6,3 in RN50; empty for `vit`."""
+    text_tower: Literal["transformer", "cbow"] = "transformer"
+    """A transformer, or the mean of word vectors (a continuous bag of words), which can share nothing."""
+    cbow_ends: bool = False
+    """Whether the mean of `cbow` counts the start and end tokens, which every caption has."""
+    stem: bool = True
+    """Early specialisation: a residual CNN instead of patch embedding and image layer 0."""
+    branch_layers: tuple[int, ...] = (2, 4, 6, 8, 10)
+    """The five layers before which the parallel branch is fused in, ascending; empty for no branch."""
+    sharing: Sharing = field(default_factory=lambda: Sharing(layers="last:11"))
+    """Which parts serve both modalities."""
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    """Of every feed-forward network: x * sigmoid(1.702 x) in CLIP and MS-CLIP, the exact GELU in most open_clip models."""
+    norm_eps: float = 1e-12
+    """LayerNorm epsilon; 1e-12 in MS-CLIP, 1e-5 in OpenAI's CLIP."""
+    dropout: float = 0.0
+    """Probability of dropping a channel of a residual branch in training; 0 in the paper."""
+    logit_scale_init: float = 1.0
+    """Logarithm of the first temperature: 1.0 in MS-CLIP, ln(1/0.07) = 2.659 in CLIP."""
+    token_std: float = 1.0
+    """Standard deviation of fresh token embeddings: 1.0 in MS-CLIP, 0.02 in CLIP."""
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"model.image_size must be a multiple of model.patch_size, got {self.image_size} and {self.patch_size}"
+            )
+        self._check_towers()
+        self._check_specialisation()
+        self._check_sharing()
+
+    def _check_towers(self) -> None:
+        resnet, cbow = self.image_tower == "modified_resnet", self.text_tower == "cbow"
+        if resnet != (len(self.resnet_blocks) == 4) or resnet != bool(self.resnet_blocks) or min((1, *self.resnet_blocks)) < 1:
+            raise UserError(
+                "model.resnet_blocks must be four positive numbers for model.image_tower modified_resnet and empty for vit, "
+                f"got {list(self.resnet_blocks)} for {self.image_tower}"
+            )
+        if resnet and (self.layers or self.patch_size != RESNET_REDUCTION or self.stem or self.branch_layers):
+            raise UserError(
+                "model.image_tower modified_resnet needs model.layers 0, patch_size 32, stem false and branch_layers [], got "
+                f"{self.layers}, {self.patch_size}, {self.stem} and {list(self.branch_layers)}"
+            )
+        if cbow and (self.text_layers or self.text_heads):
+            raise UserError(
+                "model.text_tower cbow needs model.text_layers 0 and model.text_heads 0, got "
+                f"{self.text_layers} and {self.text_heads}"
+            )
+        if self.cbow_ends and not cbow:
+            raise UserError("model.cbow_ends is a setting of model.text_tower cbow, got transformer")
+        pooled = self.width * RESNET_REDUCTION if resnet else self.width
+        for width, heads, name in ((pooled, self.num_heads, "num_heads"), (self.text_width, self.text_heads, "text_heads")):
+            if not (cbow and name == "text_heads") and (heads < 1 or width % heads):
+                raise UserError(f"model.{name} must divide its encoder's width {width}, got {heads}")
+
+    def _check_specialisation(self) -> None:
+        if (self.stem or self.branch_layers) and (self.patch_size not in (4, 8, 16, 32) or self.width % 32):
+            raise UserError(
+                "model.stem and model.branch_layers need model.patch_size 4, 8, 16 or 32 and a model.width that is a "
+                f"multiple of 32, got {self.patch_size} and {self.width}"
+            )
+        first = 1 if self.stem else 0
+        ordered = list(self.branch_layers) == sorted(set(self.branch_layers))
+        inside = all(first <= i < self.layers for i in self.branch_layers)
+        if self.branch_layers and not (len(self.branch_layers) == 5 and ordered and inside):
+            raise UserError(
+                f"model.branch_layers must be five ascending layers between {first} and {self.layers - 1}, "
+                f"got {list(self.branch_layers)}"
+            )
+
+    def _check_sharing(self) -> None:
+        if not self.sharing.anything:
+            return
+        if self.image_tower != "vit" or self.text_tower != "transformer":
+            raise UserError(
+                "model.sharing needs two transformers, got model.image_tower "
+                f"{self.image_tower} and model.text_tower {self.text_tower}; set model.sharing.layers none"
+            )
+        if self.width != self.text_width:
+            raise UserError(
+                f"model.sharing needs equal widths, got model.width {self.width} and model.text_width {self.text_width}; "
+                "set model.sharing.layers none or make them equal"
+            )
+        if self.num_heads != self.text_heads:
+            raise UserError(
+                f"model.sharing needs equal heads, got model.num_heads {self.num_heads} and model.text_heads {self.text_heads}"
+            )
+        shared = self.shared_layers
+        if self.stem and 0 in shared:
+            raise UserError(
+                "model.sharing.layers must leave out layer 0, which model.stem makes the image's own; "
+                f"last:{self.layers - 1} does, got {self.sharing.layers!r}"
+            )
+        if shared and max(shared) >= min(self.layers, self.text_layers):
+            raise UserError(
+                f"model.sharing.layers must exist in both encoders, which have {self.layers} and {self.text_layers} "
+                f"layers, got {self.sharing.layers!r}"
+            )
+
+    @property
+    def shared_layers(self) -> frozenset[int]:
+        """Depths at which something is shared."""
+        return self.sharing.depths(self.depth) if self.sharing.anything else frozenset()
+
+    @property
+    def depth(self) -> int:
+        """Layers of the deeper transformer; 0 where there is none."""
+        return max(self.layers, self.text_layers)
+
+    @property
+    def transformers(self) -> tuple[Modality, ...]:
+        """The modalities whose tower is a transformer."""
+        return (
+            *(("image",) if self.image_tower == "vit" else ()),
+            *(("text",) if self.text_tower == "transformer" else ()),
+        )
+
+    def modalities_at(self, layer: int) -> tuple[Modality, ...]:
+        """The modalities that have a transformer block at this depth."""
+        return (
+            *(("image",) if (1 if self.stem else 0) <= layer < self.layers else ()),
+            *(("text",) if layer < self.text_layers else ()),
+        )
+
+    @property
+    def widths(self) -> dict[Modality, int]:
+        """Channels of a token."""
+        return {"image": self.width, "text": self.text_width}
+
+    @property
+    def heads(self) -> dict[Modality, int]:
+        """Attention heads."""
+        return {"image": self.num_heads, "text": self.text_heads}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as in a YAML."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["sharing"] = {f.name: getattr(self.sharing, f.name) for f in fields(self.sharing)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "ModelConfig":
+        """The inverse of `to_dict`; what an older version did not write has its default."""
+        plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        plain["sharing"] = Sharing(**values["sharing"])
+        return ModelConfig(**plain)
