@@ -32,12 +32,25 @@ def _resnet(image_size: int, blocks: tuple[int, ...], width: int, embed_dim: int
     )
 
 
+EVERYTHING = Sharing(layers="all", ln1=True, ln2=True, final_norm=True, out_proj=True)
+BRANCH = (2, 4, 6, 8, 10)
+SPECTRUM: dict[str, ModelConfig] = {
+    # Two encoders of equal width, so that the rows below differ from this one only in what they share.
+    "separate": BASE,
+    "mixed": replace(BASE, sharing=Sharing(layers="all", attn=False)),
+    "hybrid": replace(BASE, sharing=Sharing(layers="all", ffn=False)),
+    # All but the input embeddings. The paper finds modality-specific norms better, which is `ms_clip`.
+    "shared": replace(BASE, sharing=EVERYTHING),
+    "shared_ln": replace(BASE, sharing=replace(EVERYTHING, final_norm=False, out_proj=False)),
+    "ms_clip": replace(BASE, sharing=Sharing(layers="all")),
+    **{f"ms_clip_last{n}": replace(BASE, sharing=Sharing(layers=f"last:{n}")) for n in (11, 10, 8, 6, 4, 2)},
+    "ms_clip_stem": replace(BASE, stem=True, sharing=Sharing(layers="last:11")),
+    "ms_clip_branch": replace(BASE, branch_layers=BRANCH, sharing=Sharing(layers="all")),
+    "ms_clip_s": ModelConfig(),
+    "clip": CLIP,
+}
 PRESETS: dict[str, ModelConfig] = {
-    "ms_clip_s_b32": ModelConfig(),
-    "ms_clip_s_b16": ModelConfig(patch_size=16),
-    "ms_clip_b32": replace(BASE, sharing=Sharing(layers="all")),
-    "clip_b32": CLIP,
-    "clip_b16": replace(CLIP, patch_size=16),
+    **{f"{name}_b{size}": replace(config, patch_size=size) for name, config in SPECTRUM.items() for size in (32, 16)},
     "clip_l14": CLIP_LARGE,
     "clip_l14_336": replace(CLIP_LARGE, image_size=336),
     "clip_rn50": _resnet(224, (3, 4, 6, 3), 64, 1024, 512),
