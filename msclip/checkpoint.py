@@ -104,8 +104,6 @@ def load_weights(model: Model, tensors: Mapping[str, Tensor], source: str) -> No
                 f"and {tuple(expected[name].shape)} in the configured model"
             )
     model.load_state_dict(dict(tensors), assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
 
 
 def _local_copy(path: str, scratch: Path) -> Path:

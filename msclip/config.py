@@ -3,13 +3,35 @@
 Every combination that cannot be built is refused here, by the names a user wrote.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from msclip.errors import UserError
-from msclip.sharing import Modality, Sharing
+from msclip.sharing import Modality, Sharing, chosen_layers
 
 RESNET_REDUCTION = 32  # input pixels a cell of a ResNet's last map
+
+
+@dataclass(frozen=True)
+class ParallelFFN:
+    """Feed-forward networks beside the layers, one for each of them and for each modality; see `parallel.py`."""
+
+    placement: Literal["none", "after", "parallel", "pooled"] = "none"
+    """`after` a layer, `parallel` to it, or once on the `pooled` vector; `none` for no such module."""
+    layers: str = "shared"
+    """Beside which layers: `shared` for those that share something, or as in `sharing.layers`; `pooled` has no layers."""
+    modalities: tuple[Modality, ...] = ("image", "text")
+    """Who has such modules."""
+    hidden: int = 64
+    """Channels inside: a bottleneck, or as many as in the layer's own part (4 times the width; for attention, the width)."""
+
+
+@dataclass(frozen=True)
+class ParallelAttention(ParallelFFN):
+    """Self-attention beside the layers, one for each of them and for each modality; see `parallel.py`."""
+
+    num_heads: int = 1
+    """Heads, which must divide `hidden`."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +75,14 @@ class ModelConfig:
     """The five layers before which the parallel branch is fused in, ascending; empty for no branch."""
     sharing: Sharing = field(default_factory=lambda: Sharing(layers="last:11"))
     """Which parts serve both modalities."""
+    parallel_ffn: ParallelFFN = field(default_factory=ParallelFFN)
+    """Feed-forward networks of one modality's own beside what is shared."""
+    parallel_attention: ParallelAttention = field(default_factory=ParallelAttention)
+    """Attention of one modality's own beside what is shared."""
+    causal: bool = True
+    """Whether a token of a caption sees only those before it, as in CLIP and MS-CLIP, or its whole caption."""
+    text_pool: Literal["end", "cls"] = "end"
+    """Which token stands for the caption: its end token, or its first, as a class token, which needs `causal` false."""
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     """Of every feed-forward network: x * sigmoid(1.702 x) in CLIP and MS-CLIP, the exact GELU in most open_clip models."""
     norm_eps: float = 1e-12
@@ -61,6 +91,8 @@ class ModelConfig:
     """Probability of dropping a channel of a residual branch in training; 0 in the paper."""
     logit_scale_init: float = 1.0
     """Logarithm of the first temperature: 1.0 in MS-CLIP, ln(1/0.07) = 2.659 in CLIP."""
+    logit_scale_learned: bool = True
+    """Whether the temperature is learned; else it stays what it was first."""
     token_std: float = 1.0
     """Standard deviation of fresh token embeddings: 1.0 in MS-CLIP, 0.02 in CLIP."""
 
@@ -72,6 +104,13 @@ class ModelConfig:
         self._check_towers()
         self._check_specialisation()
         self._check_sharing()
+        self._check_parallel()
+        if self.text_tower == "transformer" and self.text_pool == "cls" and self.causal:
+            raise UserError(
+                "model.text_pool cls needs model.causal false: under the causal mask the first token sees nothing but itself"
+            )
+        if self.text_tower == "cbow" and (self.text_pool != "end" or not self.causal):
+            raise UserError("model.text_pool and model.causal are settings of model.text_tower transformer, got cbow")
 
     def _check_towers(self) -> None:
         resnet, cbow = self.image_tower == "modified_resnet", self.text_tower == "cbow"
@@ -141,6 +180,38 @@ class ModelConfig:
                 f"layers, got {self.sharing.layers!r}"
             )
 
+    def _check_parallel(self) -> None:
+        for name, setting in (("parallel_ffn", self.parallel_ffn), ("parallel_attention", self.parallel_attention)):
+            if setting.placement == "none":
+                continue
+            name = f"model.{name}"
+            if setting.hidden < 1 or (isinstance(setting, ParallelAttention) and setting.hidden % max(setting.num_heads, 1)):
+                raise UserError(f"{name}.hidden must be positive, and a multiple of its heads, got {setting}")
+            if not setting.modalities or not set(setting.modalities) <= set(self.transformers):
+                raise UserError(
+                    f"{name}.modalities must be some of those with a transformer, {list(self.transformers)}, "
+                    f"got {list(setting.modalities)}"
+                )
+            if setting.placement == "pooled":
+                if setting.layers != "shared":
+                    raise UserError(f"{name}.layers has no meaning with {name}.placement pooled, got {setting.layers!r}")
+                continue
+            present = {modality for layer in self.layers_beside(setting) for modality in self.modalities_at(layer)}
+            if lacking := set(setting.modalities) - present:
+                raise UserError(
+                    f"{name}.layers {setting.layers!r} holds no layer of the {' and '.join(sorted(lacking))} encoder; "
+                    "name some, such as all"
+                )
+
+    def layers_beside(self, setting: ParallelFFN) -> frozenset[int]:
+        """The layers that `setting` puts modules beside."""
+        if setting.placement not in ("after", "parallel"):
+            return frozenset()
+        if setting.layers == "shared":
+            return self.shared_layers
+        kind = "parallel_attention" if isinstance(setting, ParallelAttention) else "parallel_ffn"
+        return chosen_layers(setting.layers, self.depth, f"model.{kind}.layers")
+
     @property
     def shared_layers(self) -> frozenset[int]:
         """Depths at which something is shared."""
@@ -178,13 +249,28 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in a YAML."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["sharing"] = {f.name: getattr(self.sharing, f.name) for f in fields(self.sharing)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: _listed(value) for name, value in asdict(self).items()}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`; what an older version did not write has its default."""
-        plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        plain["sharing"] = Sharing(**values["sharing"])
+        plain = _tupled(values)
+        for name, section in SECTIONS.items():
+            if name in plain:
+                plain[name] = section(**plain[name])
         return ModelConfig(**plain)
+
+
+SECTIONS: dict[str, Any] = {"sharing": Sharing, "parallel_ffn": ParallelFFN, "parallel_attention": ParallelAttention}
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _listed(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _tupled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tupled(inner) for key, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from msclip.blocks import Block
 from msclip.branch import ParallelBranch
 from msclip.config import ModelConfig
+from msclip.parallel import AttentionBeside, FFNBeside, beside
 from msclip.presets import preset
 from msclip.sharing import Paired
 from msclip.stem import Stem
@@ -78,11 +79,12 @@ class Model(nn.Module):
             )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.branch = ParallelBranch(config.width, config.patch_size, config.norm_eps) if config.branch_layers else None
+        self.pooled, self.dropout = beside(config, "pooled"), nn.Dropout(config.dropout)
         widths, sharing, modalities = config.widths, config.sharing, config.transformers
         self.final_norm = Paired(lambda m: nn.LayerNorm(widths[m], eps=config.norm_eps), sharing.final_norm, modalities)
         self.projection = Paired(lambda m: nn.Linear(widths[m], config.embed_dim, bias=False), sharing.out_proj, modalities)
         # One element, not none: DeepSpeed cannot broadcast a parameter without dimensions.
-        self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale_init))
+        self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale_init), config.logit_scale_learned)
         initialise(self)
 
     def _run(self, images: Tensor | None, text: PackedText | None) -> tuple[Tensor | None, Tensor | None]:
@@ -96,12 +98,10 @@ class Model(nn.Module):
                 tokens = tokens.with_image(self.branch.adapters[stage](tokens.image, features[stage]))
             if any(m in tokens.modalities for m in block.modalities):
                 tokens = block(tokens)
-        pooled = []
-        if images is not None:
-            pooled.append(tokens.image[:, 0])
-        if text is not None:
-            pooled.append(tokens.rows[tokens.split :][text.ends])
-        rows, split = torch.cat(pooled), 0 if images is None else len(images)
+        pooled = tokens.pooled(self.config.text_pool)
+        for module in self.pooled.values():
+            pooled = pooled.with_rows(pooled.rows + self.dropout(module(pooled)))
+        rows, split = pooled.rows, pooled.split
         embedded = self.projection(self.final_norm(rows, split), split)
         return (None if images is None else embedded[:split]), (None if text is None else embedded[split:])
 
@@ -198,6 +198,9 @@ def initialise(model: Model) -> None:
         for projection in block.attn.in_proj.children():
             assert isinstance(projection, nn.Linear)
             nn.init.xavier_uniform_(projection.weight)
+    for module in model.modules():
+        if isinstance(module, AttentionBeside | FFNBeside):
+            nn.init.zeros_(module.last.weight)  # a module beside a layer starts without effect
     if "image" in model.config.transformers:
         image_projection = model.projection.part("image")
         assert isinstance(image_projection, nn.Linear)

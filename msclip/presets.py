@@ -7,7 +7,7 @@ The sharing spectrum differs in nothing but what is shared, so that a comparison
 from dataclasses import fields, replace
 from typing import Any
 
-from msclip.config import ModelConfig
+from msclip.config import SECTIONS, ModelConfig
 from msclip.errors import UserError
 from msclip.sharing import SEPARATE, Sharing
 
@@ -91,6 +91,7 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
     known = {f.name for f in fields(ModelConfig)}
     if unknown := sorted(set(overrides) - known):
         raise UserError(f"unknown model setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    if isinstance(overrides.get("sharing"), dict):
-        overrides["sharing"] = replace(PRESETS[name].sharing, **overrides["sharing"])
+    for section in SECTIONS.keys() & overrides.keys():
+        if isinstance(overrides[section], dict):
+            overrides[section] = replace(getattr(PRESETS[name], section), **overrides[section])
     return replace(PRESETS[name], **overrides)

@@ -18,6 +18,33 @@ from msclip.errors import UserError
 Modality = Literal["image", "text"]
 
 
+def chosen_layers(layers: str, num_layers: int, setting: str) -> frozenset[int]:
+    """What `all`, `none`, `last:N`, `first:N` or indices such as `3,4,5` mean in an encoder `num_layers` deep.
+
+    Raises:
+        UserError: another form, or a layer that does not exist; the message calls the text `setting`.
+    """
+    kind, _, count = layers.partition(":")
+    if layers == "all":
+        return frozenset(range(num_layers))
+    if layers == "none":
+        return frozenset()
+    try:
+        if kind in ("last", "first"):
+            n = int(count)
+            chosen = set(range(num_layers - n, num_layers) if kind == "last" else range(n))
+        else:
+            chosen = {int(i) for i in layers.split(",")}
+            n = len(chosen)
+        if n < 0:
+            raise ValueError(n)
+    except ValueError:
+        raise UserError(f"{setting} must be all, none, last:N, first:N or indices like 3,4,5, got {layers!r}") from None
+    if not chosen <= set(range(num_layers)):
+        raise UserError(f"{setting} names layers beyond the encoder's {num_layers}, got {layers!r}")
+    return frozenset(chosen)
+
+
 @dataclass(frozen=True)
 class Sharing:
     """Which parts of which layers serve both modalities; input embeddings never do."""
@@ -43,27 +70,7 @@ class Sharing:
         Raises:
             UserError: `layers` is not of the documented form, or names a layer that does not exist.
         """
-        kind, _, count = self.layers.partition(":")
-        if self.layers == "all":
-            return frozenset(range(num_layers))
-        if self.layers == "none":
-            return frozenset()
-        try:
-            if kind in ("last", "first"):
-                n = int(count)
-                chosen = set(range(num_layers - n, num_layers) if kind == "last" else range(n))
-            else:
-                chosen = {int(i) for i in self.layers.split(",")}
-                n = len(chosen)
-            if n < 0:
-                raise ValueError(n)
-        except ValueError:
-            raise UserError(
-                f"model.sharing.layers must be all, none, last:N, first:N or indices like 3,4,5, got {self.layers!r}"
-            ) from None
-        if not chosen <= set(range(num_layers)):
-            raise UserError(f"model.sharing.layers names layers beyond the encoder's {num_layers}, got {self.layers!r}")
-        return frozenset(chosen)
+        return chosen_layers(self.layers, num_layers, "model.sharing.layers")
 
     @property
     def anything(self) -> bool:

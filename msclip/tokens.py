@@ -1,14 +1,15 @@
 """The joint stream: image tokens and caption tokens as the rows of one matrix.
 
 Every part that is shared then costs one matrix product for both modalities. Images are dense (each has the same number of
-tokens); captions are packed end to end without padding, which the causal mask allows: no token after a caption's end token
-can change its embedding.
+tokens); captions are packed end to end without padding: no token after a caption's end token can change its embedding, by the
+causal mask or, without it, because attention is told where captions end.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from msclip.sharing import Modality
@@ -39,14 +40,24 @@ class PackedText:
         return self.offsets[:-1].long()
 
     @property
+    def ends(self) -> Int[Tensor, "captions"]:
+        """Row of each caption's last token."""
+        return self.offsets[1:].long() - 1
+
+    @property
     def captions(self) -> Int[Tensor, "tokens"]:
         """Which caption each token belongs to."""
         return self.padded // self.max_length
 
     @property
-    def ends(self) -> Int[Tensor, "captions"]:
-        """Row of each caption's last token, the one that is pooled."""
-        return self.offsets[1:].long() - 1
+    def inside(self) -> Bool[Tensor, "captions length"]:
+        """Where the (captions, max_length) matrix has tokens and no padding."""
+        return torch.arange(self.max_length, device=self.ids.device) < self.offsets.diff()[:, None]
+
+    def only(self, rows: Int[Tensor, "captions"]) -> "PackedText":
+        """One token of each caption."""
+        count = torch.arange(len(self) + 1, device=self.ids.device)
+        return PackedText(self.ids[rows], self.positions[rows], count[:-1], count.int(), max_length=1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedText":
         """A copy on `device`."""
@@ -122,6 +133,15 @@ class Tokens:
         if modality == "image":
             return Tokens(self.rows[: self.split], self.images, self.grid, None)
         return Tokens(self.rows[self.split :], 0, 0, self.text)
+
+    def pooled(self, text_pool: Literal["end", "cls"]) -> "Tokens":
+        """The stream of one token a sample: an image's class token, and a caption's end token, or its first for `cls`."""
+        rows = self.image[:, 0] if self.images else self.rows[:0]
+        if self.text is None:
+            return Tokens(rows, self.images, 1, None)
+        chosen = self.text.ends if text_pool == "end" else self.text.starts
+        rows = torch.cat([rows, self.rows[self.split :][chosen]])
+        return Tokens(rows, self.images, 1, self.text.only(chosen))
 
     @property
     def modalities(self) -> tuple[Modality, ...]:

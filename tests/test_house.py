@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import msclip
 from pipelines import cli
 from pipelines.jobs import TrainJob
 
@@ -49,11 +50,13 @@ def test_every_library_module_imports_without_ray_and_deepspeed_installed() -> N
 
 
 def test_the_paper_models_and_both_recipes_ship_as_configurations() -> None:
-    expected = {"ms_clip_s_b32", "ms_clip_s_b16", "ms_clip_b32", "clip_b32", "demo", "flickr8k"}
+    expected = {"ms_clip_s_b32", "ms_clip_s_b16", "ms_clip_b32", "ms_clip_s1", "clip_b32", "demo", "flickr8k"}
     assert expected <= set(cli.shipped_configs())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_configuration_describes_a_training_job(path: Path) -> None:
     assert path.read_text().startswith("#"), "the first line says why the run exists"
-    assert isinstance(cli.parse(TrainJob, ["--config", path.stem]), TrainJob)
+    job = cli.parse(TrainJob, ["--config", path.stem])
+    assert isinstance(job, TrainJob)
+    assert msclip.build(job.model, device="meta").config == job.model

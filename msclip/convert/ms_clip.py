@@ -195,6 +195,4 @@ def from_state_dict(state_dict: Mapping[str, Tensor], **overrides: Any) -> Model
         # float32 like the parameters here; OpenAI's files are half precision.
         loaded[key] = tensor.clone().to(ours[key].dtype).contiguous()
     model.load_state_dict(loaded, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     return model.eval()
