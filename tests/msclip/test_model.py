@@ -8,8 +8,9 @@ import torch
 import msclip
 from msclip.config import ModelConfig
 from msclip.presets import PRESETS
-from msclip.sharing import Sharing
+from msclip.sharing import Paired, Sharing
 from msclip.tokens import pack
+from tests.msclip.two_ranks import tiny_engine, train
 
 # B/32 and B/16, width 768, embedding 512.
 SIZES = {
@@ -166,6 +167,19 @@ def test_the_gradient_of_a_shared_tensor_is_the_sum_of_both_modalities() -> None
         assert grad is not None
         grads.append(grad)
     assert torch.allclose(grads[0] + grads[1], grads[2])
+
+
+@pytest.mark.parametrize("variant", ["ms_clip_s", "norms_too", "ffn_of_some"])
+def test_shared_parts_are_one_object_and_updated_once_through_training(variant: str) -> None:
+    model = msclip.create_model("ms_clip_s_tiny", **SMALL[variant], vocab_size=512)
+    pairs = {name: part for name, part in model.named_modules() if isinstance(part, Paired) and part.is_shared}
+    assert pairs
+    engine = tiny_engine(model)
+    updated = [p.data_ptr() for group in engine._stepper.param_groups for p in group["params"]]
+    assert len(updated) == len(set(updated)) == len(list(model.parameters()))
+    train(engine, 10)
+    assert all(part.part("image") is part.part("text") for part in pairs.values())
+    assert not any(f"{name}.image" in key or f"{name}.text" in key for name in pairs for key in model.state_dict())
 
 
 @pytest.mark.parametrize("variant", SMALL)
