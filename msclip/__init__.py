@@ -6,6 +6,7 @@ from msclip.convert.ms_clip import from_state_dict
 from msclip.errors import TrainingError, UserError
 from msclip.model import Model, build, create_model
 from msclip.presets import list_models
+from msclip.resize import resize_positions
 from msclip.sharing import Sharing
 
 __version__ = "0.1.0.dev0"
@@ -20,4 +21,5 @@ __all__ = [
     "from_state_dict",
     "list_models",
     "load",
+    "resize_positions",
 ]
