@@ -89,6 +89,17 @@ class ModelConfig:
     """LayerNorm epsilon; 1e-12 in MS-CLIP, 1e-5 in OpenAI's CLIP."""
     dropout: float = 0.0
     """Probability of dropping a channel of a residual branch in training; 0 in the paper."""
+    patch_dropout: float = 0.0
+    """Share of an image's patches left out in training, drawn anew each time (FLIP, arXiv 2212.00794); the class token
+    stays. Not with a branch, which needs the whole grid."""
+    checkpoint_blocks: bool = False
+    """Compute each layer a second time in the backward pass instead of keeping what is inside it: less memory, a third more
+    arithmetic, the same numbers."""
+    freeze_image: str = "none"
+    """What of the image encoder is not learned: `none`, `all`, or `first:N` for its input and N first layers (of
+    `modified_resnet`, its stem and N of four stages). What it shares freezes with it; BatchNorm keeps its statistics."""
+    freeze_text: str = "none"
+    """What of the text encoder is not learned, likewise."""
     logit_scale_init: float = 1.0
     """Logarithm of the first temperature: 1.0 in MS-CLIP, ln(1/0.07) = 2.659 in CLIP."""
     logit_scale_learned: bool = True
@@ -105,6 +116,7 @@ class ModelConfig:
         self._check_specialisation()
         self._check_sharing()
         self._check_parallel()
+        self._check_finetuning()
         if self.text_tower == "transformer" and self.text_pool == "cls" and self.causal:
             raise UserError(
                 "model.text_pool cls needs model.causal false: under the causal mask the first token sees nothing but itself"
@@ -203,6 +215,27 @@ class ModelConfig:
                     "name some, such as all"
                 )
 
+    def _check_finetuning(self) -> None:
+        if not 0 <= self.patch_dropout < 1:
+            raise UserError(f"model.patch_dropout must be at least 0 and below 1, got {self.patch_dropout}")
+        if self.patch_dropout and (self.branch_layers or self.image_tower != "vit"):
+            raise UserError(
+                "model.patch_dropout needs model.image_tower vit and model.branch_layers [], got "
+                f"{self.image_tower} and {list(self.branch_layers)}"
+            )
+        if self.checkpoint_blocks and not self.depth:
+            raise UserError("model.checkpoint_blocks needs a transformer, got a ResNet and a bag of words")
+        _ = self.freezes
+
+    @property
+    def freezes(self) -> dict[Modality, int | None]:
+        """How many first layers of an encoder are not learned, its input included; None for all of it."""
+        image = 4 if self.image_tower == "modified_resnet" else self.layers
+        return {
+            "image": _first_layers(self.freeze_image, image, "model.freeze_image"),
+            "text": _first_layers(self.freeze_text, self.text_layers, "model.freeze_text"),
+        }
+
     def layers_beside(self, setting: ParallelFFN) -> frozenset[int]:
         """The layers that `setting` puts modules beside."""
         if setting.placement not in ("after", "parallel"):
@@ -259,6 +292,16 @@ class ModelConfig:
             if name in plain:
                 plain[name] = section(**plain[name])
         return ModelConfig(**plain)
+
+
+def _first_layers(setting: str, num_layers: int, name: str) -> int | None:
+    if setting in ("none", "all"):
+        return None if setting == "all" else 0
+    kind, _, count = setting.partition(":")
+    if kind != "first" or not count.isdecimal() or not 1 <= int(count) <= num_layers:
+        possible = f"none, all, or first:N with N from 1 to {num_layers}" if num_layers else "none or all"
+        raise UserError(f"{name} must be {possible}, got {setting!r}")
+    return int(count)
 
 
 SECTIONS: dict[str, Any] = {"sharing": Sharing, "parallel_ffn": ParallelFFN, "parallel_attention": ParallelAttention}

@@ -5,16 +5,18 @@ Training goes through `forward`, which sends images and packed captions through 
 transformer stands beside the stream and maps its input straight to embeddings.
 """
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from msclip.blocks import Block
 from msclip.branch import ParallelBranch
 from msclip.config import ModelConfig
+from msclip.freezing import freeze
 from msclip.parallel import AttentionBeside, FFNBeside, beside
 from msclip.presets import preset
 from msclip.sharing import Paired
@@ -37,13 +39,23 @@ class ImageInput(nn.Module):
         positions = (config.image_size // patch) ** 2 + 1
         self.positional_embedding = nn.Parameter(scale * torch.randn(positions, width))
         self.ln_pre = nn.LayerNorm(width, eps=config.norm_eps)
+        self.dropped = int(config.patch_dropout * (positions - 1))
 
     def forward(self, images: Float[Tensor, "images 3 size size"]) -> Float[Tensor, "images grid width"]:
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}), got {tuple(images.shape)}")
         grid = self.patches(images).flatten(2).transpose(1, 2)
         first = self.class_embedding.to(grid.dtype).expand(len(grid), 1, -1)
-        return self.ln_pre(torch.cat([first, grid], dim=1) + self.positional_embedding)
+        tokens = torch.cat([first, grid], dim=1) + self.positional_embedding
+        if self.training and self.dropped:
+            tokens = self._thinned(tokens)
+        return self.ln_pre(tokens)
+
+    def _thinned(self, tokens: Float[Tensor, "images grid width"]) -> Float[Tensor, "images fewer width"]:
+        """Without `dropped` patches of each image, chosen by lot."""
+        order = torch.rand(len(tokens), tokens.shape[1] - 1, device=tokens.device).argsort(1)
+        kept = 1 + order[:, self.dropped :]
+        return torch.cat([tokens[:, :1], tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))], dim=1)
 
 
 class TextInput(nn.Module):
@@ -86,6 +98,14 @@ class Model(nn.Module):
         # One element, not none: DeepSpeed cannot broadcast a parameter without dimensions.
         self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale_init), config.logit_scale_learned)
         initialise(self)
+        self._frozen_norms = freeze(self)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but BatchNorms of frozen parts keep their statistics."""
+        super().train(mode)
+        for norm in self._frozen_norms:
+            norm.eval()
+        return self
 
     def _run(self, images: Tensor | None, text: PackedText | None) -> tuple[Tensor | None, Tensor | None]:
         image = None if images is None else self.image_input(images)
@@ -97,13 +117,20 @@ class Model(nn.Module):
                 stage = self.config.branch_layers.index(layer)
                 tokens = tokens.with_image(self.branch.adapters[stage](tokens.image, features[stage]))
             if any(m in tokens.modalities for m in block.modalities):
-                tokens = block(tokens)
+                tokens = self._recomputed(block, tokens) if self.config.checkpoint_blocks else block(tokens)
         pooled = tokens.pooled(self.config.text_pool)
         for module in self.pooled.values():
             pooled = pooled.with_rows(pooled.rows + self.dropout(module(pooled)))
         rows, split = pooled.rows, pooled.split
         embedded = self.projection(self.final_norm(rows, split), split)
         return (None if images is None else embedded[:split]), (None if text is None else embedded[split:])
+
+    @staticmethod
+    def _recomputed(block: Block, tokens: Tokens) -> Tokens:
+        # The rows go in as a tensor: its device is the one whose random state is kept, for the same dropout in both passes.
+        rows = checkpoint(lambda rows: block(tokens.with_rows(rows)).rows, tokens.rows, use_reentrant=False)
+        assert isinstance(rows, Tensor)
+        return tokens.with_rows(rows)
 
     def _embed_images(self, images: Tensor) -> Tensor:
         features = self._run(images, None)[0] if self.resnet is None else self.resnet(images)

@@ -89,6 +89,10 @@ class ModifiedResNet(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.pool = AttentionPool((image_size // 32) ** 2, channels, num_heads, embed_dim)
 
+    def first(self, count: int) -> list[nn.Module]:
+        """The stem and the first `count` stages."""
+        return [self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3, *self.stages[:count]]
+
     def feature_map(self, images: Float[Tensor, "images 3 size size"]) -> Float[Tensor, "images channels side side"]:
         """The last map, before pooling: 32 times `width` channels, a 32nd of the side."""
         x = F.relu(self.bn1(self.conv1(images)))
