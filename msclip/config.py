@@ -197,8 +197,12 @@ class ModelConfig:
             if setting.placement == "none":
                 continue
             name = f"model.{name}"
-            if setting.hidden < 1 or (isinstance(setting, ParallelAttention) and setting.hidden % max(setting.num_heads, 1)):
-                raise UserError(f"{name}.hidden must be positive, and a multiple of its heads, got {setting}")
+            heads = setting.num_heads if isinstance(setting, ParallelAttention) else 1
+            if setting.hidden < 1 or heads < 1 or setting.hidden % heads:
+                raise UserError(
+                    f"{name}.hidden must be positive and a multiple of its positive number of heads, "
+                    f"got {setting.hidden} and {heads}"
+                )
             if not setting.modalities or not set(setting.modalities) <= set(self.transformers):
                 raise UserError(
                     f"{name}.modalities must be some of those with a transformer, {list(self.transformers)}, "

@@ -173,6 +173,7 @@ def test_every_point_of_the_spectrum_takes_modules_of_its_modalities_own(name: s
         ({"text_pool": "cls"}, "causal false"),
         ({"parallel_ffn": ParallelFFN("after", hidden=0)}, "parallel_ffn.hidden"),
         ({"parallel_attention": ParallelAttention("after", num_heads=3)}, "parallel_attention.hidden"),
+        ({"parallel_attention": ParallelAttention("after", num_heads=0)}, "number of heads"),
         ({"parallel_ffn": ParallelFFN("after", modalities=())}, "parallel_ffn.modalities"),
         ({"parallel_ffn": ParallelFFN("after", layers="last:13")}, "parallel_ffn.layers"),
         ({"parallel_ffn": ParallelFFN("pooled", layers="all")}, "no meaning"),
