@@ -1,7 +1,8 @@
 """The official MS-CLIP key names, which are OpenAI CLIP's plus those of the stem and the branch.
 
 There a shared tensor occurs twice, under its image and its text name; here once. Reading checks that the two copies agree,
-because a file in which they do not is not the model it claims to be.
+because a file in which they do not is not the model it claims to be. Other layouts are read and written
+through these names.
 """
 
 import re
@@ -15,7 +16,7 @@ from torch import Tensor
 from msclip.config import ModelConfig
 from msclip.errors import UserError
 from msclip.model import Model, build
-from msclip.sharing import Sharing
+from msclip.sharing import SEPARATE, Sharing
 
 PREFIX = {"image": "visual.", "text": ""}
 # Ours -> official, for what is not inside a transformer block. Order matters only for readability.
@@ -25,7 +26,12 @@ PLAIN = [
     (r"^image_input\.patches\.(conv1|bn1|last_conv)\.", r"visual.transformer.resblocks.0.\1."),
     (r"^image_input\.(class_embedding|positional_embedding|ln_pre)", r"visual.\1"),
     (r"^text_input\.(token_embedding|positional_embedding)", r"\1"),
+    (r"^resnet\.(conv|bn)(\d)\.", r"visual.\1\2."),
+    (r"^resnet\.pool\.out_proj\.", "visual.attnpool.c_proj."),
+    (r"^resnet\.pool\.", "visual.attnpool."),
 ]
+RESNET_BLOCK = re.compile(r"^resnet\.stages\.(\d)\.(\d+)\.(\w+)\.(\w+)$")
+RESNET_NAMES = {"skip": "downsample.0", "skip_bn": "downsample.1"}
 STEM_STAGE = re.compile(r"^image_input\.patches\.stages\.(\d)\.(\w+)\.(\w+)$")
 STEM_NAMES = {"conv": "conv1", "bn": "bn1", "skip": "downsample.0", "skip_bn": "downsample.1"}
 BRANCH_STAGE = re.compile(r"^branch\.stages\.(\d)\.(\w+)\.(\w+)$")
@@ -47,6 +53,8 @@ def official_names(key: str) -> list[str]:
     for pattern, name in PLAIN:
         if re.match(pattern, key):
             return [re.sub(pattern, name, key)]
+    if m := RESNET_BLOCK.match(key):
+        return [f"visual.layer{int(m[1]) + 1}.{m[2]}.{RESNET_NAMES.get(m[3], m[3])}.{m[4]}"]
     if m := STEM_STAGE.match(key):
         return [f"visual.transformer.resblocks.0.resnet_stage.conv_{m[1]}.{STEM_NAMES[m[2]]}.{m[3]}"]
     if m := BRANCH_STAGE.match(key):
@@ -91,69 +99,132 @@ def to_state_dict(model: Model) -> dict[str, Tensor]:
 
 
 def infer_config(state_dict: Mapping[str, Tensor]) -> ModelConfig:
-    """The architecture that the shapes of an official state dict imply.
+    """The architecture that the shapes of a state dict imply.
 
     Head counts are not in the shapes: 64 channels a head are assumed, as in every released model. Of two models without stem
     and branch that share differently, the one is taken whose shared tensors agree.
+
+    Raises:
+        UserError: these are no names and shapes of such a model.
     """
     try:
-        width, embed_dim = state_dict["visual.proj"].shape
-        vocab_size, text_width = state_dict["token_embedding.weight"].shape
-        context_length = len(state_dict["positional_embedding"])
-        grid = round((len(state_dict["visual.positional_embedding"]) - 1) ** 0.5)
+        return _inferred(state_dict)
     except KeyError as error:
-        raise UserError(f"this is not an MS-CLIP or CLIP (ViT) state dict: it has no {error}") from None
-    stem = "visual.transformer.resblocks.0.conv1.weight" in state_dict
-    branch = state_dict.get("visual.transformer.parallel_lateral_adapter.0.top2bottom_dw_conv.conv.weight")
+        raise UserError(f"this is not an MS-CLIP or CLIP state dict: it has no {error}") from None
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"this is not an MS-CLIP or CLIP state dict: its shapes fit no such model ({error})") from None
+
+
+def _inferred(state: Mapping[str, Tensor]) -> ModelConfig:
+    vocab_size, text_width = state["token_embedding.weight"].shape
+    embed_dim = state["text_projection"].shape[1]
+    text_heads, text_layers = max(1, text_width // 64), _depth(state, "")
+    if "visual.attnpool.positional_embedding" in state:
+        positions, channels = state["visual.attnpool.positional_embedding"].shape
+        return ModelConfig(
+            image_tower="modified_resnet",
+            image_size=_grid(positions) * 32,
+            resnet_blocks=tuple(1 + max(_indices(state, f"visual.layer{stage}.")) for stage in (1, 2, 3, 4)),
+            width=channels // 32,
+            layers=0,
+            num_heads=max(1, channels // 64),
+            text_width=text_width,
+            text_layers=text_layers,
+            text_heads=text_heads,
+            embed_dim=embed_dim,
+            vocab_size=vocab_size,
+            context_length=len(state["positional_embedding"]),
+            stem=False,
+            branch_layers=(),
+            sharing=SEPARATE,
+        )
+    positions, width = state["visual.positional_embedding"].shape
+    stem = "visual.transformer.resblocks.0.conv1.weight" in state
+    branch = state.get("visual.transformer.parallel_lateral_adapter.0.top2bottom_dw_conv.conv.weight")
     kernel = 16 if branch is None else branch.shape[-1]  # of the finest adapter: one patch, at half resolution
-    patch_size = 2 * kernel if stem else state_dict["visual.conv1.weight"].shape[-1]
-
-    def depth(prefix: str) -> int:
-        pattern = re.compile(re.escape(prefix) + r"transformer\.resblocks\.(\d+)\.")
-        return 1 + max((int(m[1]) for key in state_dict if (m := pattern.match(key))), default=-1)
-
-    layers = depth("visual.")
-    sharing = Sharing(layers=f"last:{layers - 1}") if stem else _agreeing(state_dict, layers)
+    patch_size = 2 * kernel if stem else state["visual.conv1.weight"].shape[-1]
+    layers = _depth(state, "visual.")
     return ModelConfig(
-        image_size=grid * patch_size,
+        image_size=_grid(positions) * patch_size,
         patch_size=patch_size,
         width=width,
         layers=layers,
         num_heads=max(1, width // 64),
         text_width=text_width,
-        text_layers=depth(""),
-        text_heads=max(1, text_width // 64),
+        text_layers=text_layers,
+        text_heads=text_heads,
         embed_dim=embed_dim,
         vocab_size=vocab_size,
-        context_length=context_length,
+        context_length=len(state["positional_embedding"]),
         stem=stem,
         branch_layers=_default_branch_layers(layers) if branch is not None else (),
-        sharing=sharing,
+        sharing=Sharing(layers=f"last:{layers - 1}") if stem else agreeing(state),
     )
+
+
+def _indices(state: Mapping[str, Tensor], prefix: str) -> set[int]:
+    pattern = re.compile(re.escape(prefix) + r"(\d{1,4})\.")
+    found = {int(m[1]) for key in state if (m := pattern.match(key))}
+    if found != set(range(len(found))):  # also keeps a single name from asking for a million layers
+        raise UserError(f"the layers {prefix}N have gaps, up to {max(found)}")
+    return found
+
+
+def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
+    return len(_indices(state, f"{prefix}transformer.resblocks."))
+
+
+def _grid(positions: int) -> int:
+    side = round(max(0, positions - 1) ** 0.5)
+    if side < 1 or side * side + 1 != positions:
+        raise ValueError(f"{positions} image positions are not a square and one")
+    return side
 
 
 def _default_branch_layers(layers: int) -> tuple[int, ...]:
     return (2, 4, 6, 8, 10) if layers > 10 else (1, 2, 3, 4, 5)
 
 
-def _agreeing(state_dict: Mapping[str, Tensor], layers: int) -> Sharing:
-    """The parts and layers whose image and text copies hold the same matrix."""
+def agreeing(state: Mapping[str, Tensor]) -> Sharing:
+    """The sharing that two plain towers show: the parts whose image and text copies hold the same numbers.
 
-    def same(layer: int, inner: str) -> bool:
-        a, b = (state_dict.get(f"{prefix}transformer.resblocks.{layer}.{inner}") for prefix in ("visual.", ""))
+    A LayerNorm that still is the identity says nothing and counts as the modality's own.
+    """
+
+    def same(image: str, text: str) -> bool:
+        a, b = state.get(image), state.get(text)
         return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
 
-    attn = [i for i in range(layers) if same(i, "attn.in_proj_weight")]
-    ffn = [i for i in range(layers) if same(i, "mlp.c_fc.weight")]
-    chosen = sorted({*attn, *ffn})
+    def same_norm(image: str, text: str) -> bool:
+        weight, bias = state.get(f"{image}.weight"), state.get(f"{image}.bias")
+        trained = weight is not None and bias is not None and bool((weight != 1).any() or bias.any())
+        return trained and all(same(f"{image}.{leaf}", f"{text}.{leaf}") for leaf in ("weight", "bias"))
+
+    def block(layer: int, part: str) -> tuple[str, str]:
+        return f"visual.transformer.resblocks.{layer}.{part}", f"transformer.resblocks.{layer}.{part}"
+
+    layers = range(min(_depth(state, "visual."), _depth(state, "")))
+    attn = {i for i in layers if same(*block(i, "attn.in_proj_weight"))}
+    ffn = {i for i in layers if same(*block(i, "mlp.c_fc.weight"))}
+    chosen = attn & ffn if attn and ffn else attn | ffn
+    ends = replace(
+        SEPARATE, final_norm=same_norm("visual.ln_post", "ln_final"), out_proj=same("visual.proj", "text_projection")
+    )
     if not chosen:
-        return Sharing(layers="none", attn=False, ffn=False)
-    spelled = "all" if len(chosen) == layers else ",".join(map(str, chosen))
-    return Sharing(layers=spelled, attn=bool(attn), ffn=bool(ffn))
+        return ends
+    depth = max(_depth(state, "visual."), _depth(state, ""))
+    return replace(
+        ends,
+        layers="all" if len(chosen) == depth else ",".join(map(str, sorted(chosen))),
+        attn=chosen <= attn,
+        ffn=chosen <= ffn,
+        ln1=all(same_norm(*block(i, "ln_1")) for i in chosen),
+        ln2=all(same_norm(*block(i, "ln_2")) for i in chosen),
+    )
 
 
 def from_state_dict(state_dict: Mapping[str, Tensor], **overrides: Any) -> Model:
-    """A model from tensors under official names.
+    """A model from tensors under official names, in evaluation mode.
 
     Args:
         state_dict: as the official code saves it, shared tensors twice.
@@ -191,6 +262,8 @@ def from_state_dict(state_dict: Mapping[str, Tensor], **overrides: Any) -> Model
         expected = _to_official(key, ours[key]).shape
         if tensor.shape != expected:
             raise UserError(f"{group[0]} must have shape {tuple(expected)}, got {tuple(tensor.shape)}")
+        if tensor.is_floating_point() != ours[key].is_floating_point():
+            raise UserError(f"{group[0]} must be of type {ours[key].dtype} or alike, got {tensor.dtype}")
         tensor = tensor.T if key.startswith("projection.") else tensor.reshape(ours[key].shape)
         # float32 like the parameters here; OpenAI's files are half precision.
         loaded[key] = tensor.clone().to(ours[key].dtype).contiguous()
