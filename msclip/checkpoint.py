@@ -10,22 +10,28 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from msclip.config import ModelConfig
+from msclip.convert.archive import read_metadata
+from msclip.convert.recognise import FOLDER_FILES
+from msclip.convert.recognise import read as read_foreign
+from msclip.convert.weights import Weights
 from msclip.data.images import Preprocess
-from msclip.data.tokenizer import Tokenizer
+from msclip.data.tokenizer import Tokenizer, Truncation
 from msclip.errors import TrainingError, UserError
 from msclip.model import Model, build
 from msclip.storage import Folder
 
 FORMAT = "msclip/1"
+MODEL_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 MODEL, OPTIMIZER, STATE, COMPLETE = "model.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"
 
 
@@ -63,28 +69,93 @@ def export(
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, str(path), metadata=header)
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> Loaded:
-    """Reads an exported file.
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    tokenizer: str | Tokenizer | None = None,
+    **overrides: Any,
+) -> Loaded:
+    """Reads a model with its tokenizer and preprocessing, whichever program wrote it.
+
+    What a file is, is told by its contents: an export of this library, official MS-CLIP, OpenAI's CLIP, open_clip or a
+    Hugging Face `CLIPModel`. No code in a file is ever run.
 
     Args:
-        path: the file, or a checkpoint folder that holds one; local or a URL.
+        path: the file, or a folder that holds one (a checkpoint, an open_clip or a Hugging Face folder); local or a URL.
         device: where the model goes; it comes in evaluation mode.
+        tokenizer: what `Tokenizer.load` takes, or a tokenizer; instead of the file's own, and needed where it has none, as
+            those of MS-CLIP, OpenAI and lone open_clip files do. A name is loaded with the model's context length, and for
+            MS-CLIP with its way of cutting captions that are too long.
+        overrides: fields of `ModelConfig` that another program's file does not tell, such as `activation="quick_gelu"` for
+            the open_clip models of that name.
 
     Raises:
-        UserError: there is no such file, or it is damaged or of another kind.
+        UserError: there is no such file, it is damaged, of an unknown kind, or lacks a tokenizer.
+    """
+    weights = read(path, overrides)
+    config = weights.model.config
+    chosen = with_tokenizer(weights, tokenizer, str(path)).tokenizer
+    if chosen is None:
+        raise UserError(
+            f"{path} holds a model ({weights.layout}), but no tokenizer; say which with tokenizer=, for CLIP's and MS-CLIP's "
+            "own models the merges file bpe_simple_vocab_16e6.txt.gz that OpenAI publishes beside its code"
+        )
+    return Loaded(weights.model.to(device).eval(), chosen, weights.preprocess, config)
+
+
+def with_tokenizer(weights: Weights, tokenizer: str | Tokenizer | None, source: str) -> Weights:
+    """The same with the tokenizer that a user named, if any.
+
+    Raises:
+        UserError: it cannot be read, or has more tokens than the model's table or longer captions than its context.
+    """
+    config = weights.model.config
+    if isinstance(tokenizer, str):
+        truncation: Truncation = "official" if weights.layout == "ms_clip" else "end"
+        tokenizer = Tokenizer.load(tokenizer, config.context_length, truncation)
+    chosen = tokenizer or weights.tokenizer
+    if chosen is not None and (chosen.vocab_size > config.vocab_size or chosen.context_length > config.context_length):
+        raise UserError(
+            f"the tokenizer must fit the model of {source}, which knows {config.vocab_size} tokens and captions of "
+            f"{config.context_length}; got one with {chosen.vocab_size} and {chosen.context_length}"
+        )
+    return replace(weights, tokenizer=chosen)
+
+
+def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Weights:
+    """What `load` reads, where a tokenizer may be missing.
+
+    Raises:
+        UserError: as `load`.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        file = _local_copy(str(path), Path(scratch))
-        header, tensors = _read(file)
-        try:
-            config = ModelConfig.from_dict(json.loads(header["model"]))
-            tokenizer = Tokenizer.from_json(header["tokenizer"])
-            preprocess = Preprocess.from_dict(json.loads(header["preprocess"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} was written by another version of msclip: {error!r} in its header") from error
-        model = build(config, device="meta")
-        load_weights(model, tensors, str(path))
-    return Loaded(model.to(device).eval(), tokenizer, preprocess, config)
+        local = _local_copy(str(path), Path(scratch))
+        file = local / MODEL if local.is_dir() else local
+        header = read_metadata(file) if file.is_file() else None
+        if header is None or "format" not in header or not header["format"].startswith("msclip"):
+            return read_foreign(local, overrides or {})
+        if overrides:
+            raise UserError(
+                f"{path} says itself what its model is; it cannot be read with other {', '.join(sorted(overrides))}"
+            )
+        return _read_export(file, header, str(path))
+
+
+def _read_export(file: Path, header: Mapping[str, str], source: str) -> Weights:
+    tensors = load_file(file)
+    try:
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']}")
+        config = ModelConfig.from_dict(json.loads(header["model"]))
+        tokenizer = Tokenizer.from_json(header["tokenizer"])
+        preprocess = Preprocess.from_dict(json.loads(header["preprocess"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{source} was written by another version of msclip: {error!r} in its header") from error
+    if config.depth + sum(config.resnet_blocks) > len(tensors):  # before a model of that depth is laid out
+        raise UserError(f"{source} is refused: its header claims {config.depth} layers, but it holds {len(tensors)} tensors")
+    model = build(config, device="meta")
+    load_weights(model, tensors, source)
+    return Weights("msclip", model, preprocess, tokenizer)
 
 
 def load_weights(model: Model, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -107,33 +178,23 @@ def load_weights(model: Model, tensors: Mapping[str, Tensor], source: str) -> No
 
 
 def _local_copy(path: str, scratch: Path) -> Path:
+    """A local file, or a local folder with those files in it that can belong to a model."""
     if "://" not in path:
         local = Path(path)
-        local = local / MODEL if local.is_dir() else local
-        if not local.is_file():
-            raise UserError(f"there is no exported model at {path}; give a {MODEL} or a checkpoint folder that holds one")
+        if not local.exists():
+            raise UserError(f"there is no exported model at {path}; give a {MODEL} or a folder that holds one")
         return local
     location, mark, query = path.partition("?")
-    folder, name = Folder(path), MODEL
-    if location.endswith(".safetensors"):
+    folder, wanted = Folder(path), set(FOLDER_FILES)
+    if location.endswith(MODEL_ENDINGS):
         parent, _, name = location.rpartition("/")
-        folder = Folder(parent + mark + query)
-    try:
-        folder.download(name, scratch / MODEL)
-    except FileNotFoundError:
-        raise UserError(f"there is no exported model at {path}") from None
-    return scratch / MODEL
-
-
-def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    try:
-        with safe_open(file, "pt") as opened:
-            header = opened.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is not a readable safetensors file (damaged or cut short?): {error}") from None
-    if header.get("format") != FORMAT:
-        raise UserError(f"{file} is a safetensors file, but not one exported by msclip ({FORMAT})")
-    return header, load_file(file)
+        folder, wanted = Folder(parent + mark + query), {name}
+    found = sorted(wanted & set(folder.names()))
+    if not found:
+        raise UserError(f"there is no exported model at {path}")
+    for name in found:
+        folder.download(name, scratch / name)
+    return scratch / found[0] if location.endswith(MODEL_ENDINGS) else scratch
 
 
 def folder_name(step: int) -> str:
