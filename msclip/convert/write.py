@@ -1,0 +1,86 @@
+"""Any model to any layout that has room for it; what is there is never overwritten, and nothing half-written stays."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from msclip.checkpoint import export
+from msclip.convert import huggingface, ms_clip, open_clip, openai
+from msclip.convert.weights import Layout, Weights, require_implied
+from msclip.data.images import Preprocess
+from msclip.errors import UserError
+
+MS_CLIP_IMPLIED = {"norm_eps": 1e-12, "activation": "quick_gelu"}
+
+
+def write(weights: Weights, path: Path, layout: Layout) -> None:
+    """Writes a model.
+
+    Args:
+        path: what is made: a folder for open_clip and huggingface, a file for the others.
+
+    Raises:
+        UserError: the path exists, the storage refuses, or the layout has no place for this model.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists already; it is not overwritten")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".convert-", dir=path.parent))
+        try:
+            _write(weights, scratch / "model", layout)
+            (scratch / "model").rename(path)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} could not be written: {error}") from error
+
+
+def _write(weights: Weights, target: Path, layout: Layout) -> None:
+    config = weights.model.config
+    if layout == "msclip":
+        if weights.tokenizer is None:
+            raise UserError("an msclip export holds its tokenizer, and the input has none; name it with --tokenizer")
+        export(target, weights.model.state_dict(), config, weights.tokenizer, weights.preprocess, {"from": weights.layout})
+    elif layout == "ms_clip":
+        _save(_ms_clip(weights), target)
+    elif layout == "openai":
+        _save(openai.write(weights), target)
+    elif layout == "open_clip":
+        settings, tensors = open_clip.write(weights)
+        files = {open_clip.CONFIG: settings}
+        if weights.tokenizer is not None:
+            files |= huggingface.tokenizer_files(weights.tokenizer)
+        _save_folder(target, files, tensors, open_clip.WEIGHTS[0])
+    else:
+        files, tensors = huggingface.write(weights)
+        _save_folder(target, files, tensors, huggingface.WEIGHTS[0])
+
+
+def _ms_clip(weights: Weights) -> dict[str, Tensor]:
+    config = weights.model.config
+    if config.image_tower != "vit" or config.text_tower != "transformer" or not (config.stem or config.sharing.anything):
+        raise UserError(
+            "the ms_clip layout is for models with a stem or with sharing, and this one has neither: read back, it would be "
+            "taken for another program's. --to openai, open_clip and huggingface hold models like it"
+        )
+    require_implied(weights, "ms_clip", MS_CLIP_IMPLIED, Preprocess())
+    return ms_clip.to_state_dict(weights.model)
+
+
+def _save(tensors: dict[str, Tensor], target: Path) -> None:
+    torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, target)
+
+
+def _save_folder(target: Path, files: dict[str, dict[str, Any]], tensors: dict[str, Tensor], name: str) -> None:
+    target.mkdir()
+    for file, values in files.items():
+        (target / file).write_text(json.dumps(values, indent=1, ensure_ascii=False))
+    save_file(tensors, str(target / name), metadata={"format": "pt"})
