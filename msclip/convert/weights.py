@@ -19,7 +19,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FRESH = {"logit_scale_init": 2.6592600369327779, "token_std": 0.02}
 """How CLIP's fresh weights differ from MS-CLIP's; no file says it, and a loaded model no longer needs it."""
-TRAINING_ONLY = {"dropout", *FRESH}
+TRAINING_ONLY = {"dropout", "logit_scale_learned", *FRESH}
 PLAIN = {
     "image_size",
     "patch_size",
@@ -72,12 +72,20 @@ def require_plain(config: ModelConfig, layout: Layout) -> None:
                 f"a model with {setting} cannot be written as {layout}: {what} has no place in two plain towers. --to msclip "
                 "holds every model, --to ms_clip one with stem and branch; models that only share can be written as any layout"
             )
-    checked = PLAIN | TRAINING_ONLY | {"stem", "branch_layers", "text_tower"}
-    for setting_ in fields(ModelConfig):
-        value = getattr(config, setting_.name)
-        if setting_.name not in checked and value != setting_.default:
+    require_settings(config, layout, {"text_tower", "stem", "branch_layers"})
+
+
+def require_settings(config: ModelConfig, layout: Layout, others: set[str]) -> None:
+    """Refuses settings that are neither a plain tower's nor among `others`, unless they are off, as by default.
+
+    Raises:
+        UserError: the first such setting.
+    """
+    for name, usual in vars(ModelConfig()).items():
+        value = getattr(config, name)
+        if name not in PLAIN | TRAINING_ONLY | others and value != usual:
             raise UserError(
-                f"a model with model.{setting_.name} {value} cannot be written as {layout}, which has no place for it; "
+                f"a model with model.{name} {value} cannot be written as {layout}, which has no place for it; "
                 "--to msclip holds every model"
             )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msclip.checkpoint import export
 from msclip.convert import huggingface, ms_clip, open_clip, openai
-from msclip.convert.weights import Layout, Weights, require_implied
+from msclip.convert.weights import Layout, Weights, require_implied, require_settings
 from msclip.data.images import Preprocess
 from msclip.errors import UserError
 
@@ -66,7 +66,8 @@ def _write(weights: Weights, target: Path, layout: Layout) -> None:
 
 def _ms_clip(weights: Weights) -> dict[str, Tensor]:
     config = weights.model.config
-    if config.image_tower != "vit" or config.text_tower != "transformer" or not (config.stem or config.sharing.anything):
+    require_settings(config, "ms_clip", {"stem", "branch_layers"})
+    if not (config.stem or config.sharing.anything):
         raise UserError(
             "the ms_clip layout is for models with a stem or with sharing, and this one has neither: read back, it would be "
             "taken for another program's. --to openai, open_clip and huggingface hold models like it"

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import msclip
 from msclip.checkpoint import read
+from msclip.config import ParallelFFN
 from msclip.convert import huggingface, openai
 from msclip.convert.ms_clip import infer_config, to_state_dict
 from msclip.convert.weights import CLIP_MEAN, CLIP_STD, Layout, Weights
@@ -141,7 +142,10 @@ def test_towers_trained_apart_after_the_export_are_read_as_separate(tmp_path: Pa
         ({"num_heads": 2}, "openai", r"num_heads 1; this model has 2"),
         ({}, "ms_clip", "neither"),
         ({"sharing": Sharing()}, "ms_clip", r"norm_eps 1e-12; this model has 1e-05"),
-        ({"text_tower": "cbow", "text_layers": 0, "text_heads": 0}, "ms_clip", "neither"),
+        ({"text_tower": "cbow", "text_layers": 0, "text_heads": 0}, "ms_clip", "text_tower cbow"),
+        (RESNET, "ms_clip", "neither"),
+        ({"sharing": Sharing(), "parallel_ffn": ParallelFFN("after")}, "huggingface", "parallel_ffn"),
+        ({"causal": False}, "open_clip", "causal False"),
     ],
 )
 def test_what_a_layout_cannot_hold_is_refused_with_the_reason(
