@@ -18,7 +18,7 @@ import msclip
 from msclip.checkpoint import read
 from msclip.convert import openai
 from msclip.convert.ms_clip import to_state_dict
-from msclip.convert.weights import CLIP_MEAN, CLIP_STD, Weights
+from msclip.convert.weights import CLIP_MEAN, CLIP_STD, Layout, Weights
 from msclip.convert.write import write
 from msclip.data.images import Preprocess
 from msclip.sharing import Sharing
@@ -121,6 +121,25 @@ def test_two_towers_that_share_are_ms_clip_with_its_own_preprocessing_and_trunca
     assert loaded.preprocess == Preprocess(32)
     assert loaded.tokenizer.truncation == "official"
     assert loaded.tokenizer.context_length == loaded.config.context_length
+
+
+@pytest.mark.parametrize("layout", ["ms_clip", "openai"])
+def test_the_merges_of_openai_cut_long_captions_as_the_model_learned_it(
+    tmp_path: Path, shared_fixtures: Path, layout: Layout
+) -> None:
+    sizes = {
+        "vocab_size": 49408,
+        "context_length": 77,
+        "sharing": Sharing(),
+        "norm_eps": 1e-12 if layout == "ms_clip" else 1e-5,
+    }
+    preprocess = Preprocess(32) if layout == "ms_clip" else Preprocess(32, CLIP_MEAN, CLIP_STD)
+    write(Weights("msclip", tiny(**sizes), preprocess, None), tmp_path / "x", layout)
+    loaded = msclip.load(tmp_path / "x", tokenizer=str(shared_fixtures / "bpe_simple_vocab_16e6.txt.gz"))
+    long = loaded.tokenizer("dog " * 100)[0]
+    assert long[0] == 49406
+    assert (long[-1] == 49407) == (layout == "openai")
+    assert loaded.tokenizer("a dog")[0, :5].tolist() == [49406, 320, 1929, 49407, 0]
 
 
 def test_a_model_with_stem_and_branch_is_ms_clip(tmp_path: Path) -> None:
