@@ -7,6 +7,7 @@ goes on under another ZeRO stage and another number of workers.
 """
 
 import contextlib
+import fnmatch
 import json
 import tempfile
 from collections.abc import Mapping
@@ -185,16 +186,18 @@ def _local_copy(path: str, scratch: Path) -> Path:
             raise UserError(f"there is no exported model at {path}; give a {MODEL} or a folder that holds one")
         return local
     location, mark, query = path.partition("?")
-    folder, wanted = Folder(path), set(FOLDER_FILES)
-    if location.endswith(MODEL_ENDINGS):
+    folder, lone = Folder(path), location.endswith(MODEL_ENDINGS)
+    if lone:
         parent, _, name = location.rpartition("/")
-        folder, wanted = Folder(parent + mark + query), {name}
-    found = sorted(wanted & set(folder.names()))
+        folder, wanted = Folder(parent + mark + query), [name]
+    else:
+        wanted = [*FOLDER_FILES, "model-*.safetensors"]  # the parts of a large Hugging Face model
+    found = [name for name in folder.names() if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
     if not found:
         raise UserError(f"there is no exported model at {path}")
     for name in found:
         folder.download(name, scratch / name)
-    return scratch / found[0] if location.endswith(MODEL_ENDINGS) else scratch
+    return scratch / found[0] if lone else scratch
 
 
 def folder_name(step: int) -> str:

@@ -167,6 +167,15 @@ def test_a_folder_whose_weights_are_in_parts_is_put_together(tmp_path: Path) -> 
         read(tmp_path / "hf")
 
 
+@pytest.mark.parametrize("layout", ["open_clip", "huggingface"])
+def test_a_folder_is_read_by_its_url(tmp_path: Path, layout: Layout) -> None:
+    model = tiny()
+    write(weights(model), tmp_path / "there", layout)
+    assert equal(model, msclip.load(f"file://{tmp_path}/there").model)
+    with pytest.raises(msclip.UserError, match="no exported model"):
+        msclip.load(f"file://{tmp_path}/elsewhere")
+
+
 def test_old_hugging_face_files_with_position_ids_and_end_token_2_are_read(tmp_path: Path) -> None:
     model = tiny()
     write(weights(model), tmp_path / "hf", "huggingface")

@@ -131,6 +131,13 @@ def test_towers_trained_apart_after_the_export_are_read_as_separate(tmp_path: Pa
     )
 
 
+@pytest.mark.parametrize("layout", ["open_clip", "huggingface", "openai"])
+def test_settings_that_change_no_embedding_do_not_stand_in_the_way(tmp_path: Path, layout: Layout) -> None:
+    model = tiny(dropout=0.1, patch_dropout=0.5, checkpoint_blocks=True, freeze_image="all", logit_scale_learned=False)
+    write(weights(model), tmp_path / "there", layout)
+    assert equal(model, read(tmp_path / "there").model)
+
+
 @pytest.mark.parametrize(
     ("changes", "layout", "reason"),
     [

@@ -41,8 +41,9 @@ def test_parameters_and_multiply_adds_are_those_of_the_published_models(
         {**SIZES, "text_tower": "cbow", "text_layers": 0, "text_heads": 0},
         {**SIZES, "sharing": Sharing(), "parallel_ffn": ParallelFFN("after")},
         {**SIZES, "causal": False, "text_pool": "cls"},
+        {**SIZES, "patch_dropout": 0.5, "checkpoint_blocks": True, "freeze_image": "first:1"},
     ],
-    ids=["resnet", "cbow", "parallel", "cls"],
+    ids=["resnet", "cbow", "parallel", "cls", "fine-tuned"],
 )
 def test_every_kind_of_model_can_be_described(changes: dict[str, object]) -> None:
     config = msclip.ModelConfig(**changes)  # type: ignore[arg-type]
