@@ -22,8 +22,8 @@ from msclip.model import Model, build
 from msclip.presets import list_models, preset
 from msclip.tokens import PackedText, pack
 
-OPTIMIZER_BYTES = 16
-"""A trained parameter in float32, its gradient and AdamW's two moments."""
+WEIGHT_BYTES, LEARNING_BYTES = 4, 12
+"""A parameter in float32; for one that is learned also its gradient and AdamW's two moments."""
 OWNERS = {
     "shared": "shared",
     **dict.fromkeys(("image", "image_input", "resnet", "branch"), "image"),
@@ -45,6 +45,8 @@ class Costs:
     """Parameters of captions alone."""
     total: int
     """All, each once, the temperature included."""
+    learned: int
+    """Those that are not frozen."""
     image_multiply_adds: int
     text_multiply_adds: int
     """Of a caption of full length."""
@@ -55,7 +57,7 @@ class Costs:
     @property
     def training_bytes(self) -> int:
         """Weights, gradients, optimiser and activations on one device without ZeRO."""
-        return OPTIMIZER_BYTES * self.total + self.activation_bytes
+        return WEIGHT_BYTES * self.total + LEARNING_BYTES * self.learned + self.activation_bytes
 
 
 def count_parameters(model: Model) -> dict[str, int]:
@@ -83,6 +85,7 @@ def measure(config: ModelConfig, batch: int = 1) -> Costs:
         counts["image"],
         counts["text"],
         sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
         _multiply_adds(model, lambda: model.encode_image(images[:1])),
         _multiply_adds(model, lambda: model.encode_text(one_text)),
         (config.image_size // config.patch_size) ** 2 + 1,
@@ -138,7 +141,7 @@ def table(name: str, costs: Costs, batch: int) -> str:
         ("multiply-adds, a caption", f"{costs.text_multiply_adds / 1e9:.2f} G"),
         ("tokens, an image", f"{costs.image_tokens:,}"),
         ("tokens, a caption", f"{config.context_length:,}"),
-        ("memory, weights", f"{_size(4 * costs.total)} in float32"),
+        ("memory, weights", f"{_size(WEIGHT_BYTES * costs.total)} in float32"),
         (f"memory, training, batch {batch:,}", f"about {_size(costs.training_bytes)} in float32 on one device, without ZeRO"),
         ("  of it activations", f"about {_size(costs.activation_bytes)}; half of it in bfloat16"),
     ]
