@@ -154,7 +154,11 @@ def _read_export(file: Path, header: Mapping[str, str], source: str) -> Weights:
         raise UserError(f"{source} was written by another version of msclip: {error!r} in its header") from error
     if config.depth + sum(config.resnet_blocks) > len(tensors):  # before a model of that depth is laid out
         raise UserError(f"{source} is refused: its header claims {config.depth} layers, but it holds {len(tensors)} tensors")
-    model = build(config, device="meta")
+    try:
+        model = build(config, device="meta")
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{source} is refused: no model has the sizes that its header claims ({reason})") from error
     load_weights(model, tensors, source)
     return Weights("msclip", model, preprocess, tokenizer)
 

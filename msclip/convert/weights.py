@@ -147,6 +147,6 @@ def from_plain(state: Mapping[str, Tensor], remarks: Mapping[str, Any], settings
     if said is not None and "sharing" not in settings:
         try:
             return from_state_dict(state, **settings, sharing=Sharing(**said["sharing"]))
-        except (UserError, TypeError, KeyError):
-            pass
+        except (UserError, TypeError, KeyError, AttributeError):
+            pass  # anything may stand in another program's file
     return from_state_dict(state, **settings)

@@ -281,12 +281,35 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
         msclip.load(tmp_path / "x")
 
 
-def test_a_header_that_claims_a_million_layers_is_refused_at_once(tmp_path: Path) -> None:
-    config = {**msclip.ModelConfig(**SIZES).to_dict(), "layers": 10**9, "text_layers": 10**9}
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"layers": 10**9, "text_layers": 10**9},
+        {"embed_dim": -1},
+        {"embed_dim": 10**30},
+        {"width": "wide"},
+        {"vocab_size": None},
+        {"sharing": {"layers": 5}},
+        {"sharing": []},
+    ],
+)
+def test_a_header_that_claims_impossible_sizes_is_refused_at_once(tmp_path: Path, claim: dict[str, object]) -> None:
+    config = {**msclip.ModelConfig(**SIZES).to_dict(), **claim}
     header = {"format": "msclip/1", "model": json.dumps(config), "tokenizer": tokenizer().to_json()}
     save_file({"x": torch.zeros(1)}, tmp_path / "x", metadata={**header, "preprocess": json.dumps(Preprocess().to_dict())})
-    with pytest.raises(msclip.UserError, match="claims"):
+    with pytest.raises(msclip.UserError, match="x"):
         msclip.load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "remark", [[], {"sharing": {"layers": 5}}, {"sharing": {"layers": "all", "colour": 1}}, {"sharing": None}]
+)
+def test_a_remark_that_makes_no_sense_is_passed_over(tmp_path: Path, remark: object) -> None:
+    model = tiny()
+    write(weights(model), tmp_path / "hf", "huggingface")
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "msclip": remark}))
+    assert equal(model, read(tmp_path / "hf").model)
 
 
 def test_a_name_that_claims_a_million_layers_is_refused_at_once(tmp_path: Path) -> None:
