@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from msclip.config import ModelConfig
 from msclip.data.loader import DataConfig
+from msclip.data.tokenizer import Truncation
 from msclip.errors import UserError
 from msclip.optim import OptimConfig
 from msclip.training import CheckpointConfig, TrainingConfig
@@ -18,12 +19,8 @@ class TokenizerConfig:
     source: str = "train"
     """`train` learns a byte-level BPE of `model.vocab_size` ids from the captions; else a tokenizer.json, OpenAI's merges
     file, or a Hugging Face name."""
-    truncation: str = "end"
+    truncation: Truncation = "end"
     """`end` keeps the end token of a caption that is too long; `official` cuts it off, as MS-CLIP's own tokenizer does."""
-
-    def __post_init__(self) -> None:
-        if self.truncation not in ("end", "official"):
-            raise UserError(f"tokenizer.truncation must be end or official, got {self.truncation!r}")
 
 
 @dataclass(frozen=True)

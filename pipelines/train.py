@@ -159,7 +159,8 @@ def fit(prepared: Prepared, folder: Folder, total_steps: int) -> int:
     )
     with Progress(folder, total_steps):
         try:
-            outcome = trainer.fit().return_value
+            result: Any = trainer.fit()  # Train V2's Result, which the annotation of fit() does not name
+            outcome = result.return_value
         except TrainingFailedError as error:
             raise TrainingError(explain(error, folder)) from error
     if outcome and "error" in outcome:
@@ -182,7 +183,7 @@ def explain(error: Exception, folder: Folder) -> str:
     )
 
 
-def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+def train_worker(config: dict[Any, Any]) -> Any:
     """Runs in each training process. An error that all workers agree on is returned, so that it is not retried."""
     from msclip.training import agree, train
     from pipelines import worker

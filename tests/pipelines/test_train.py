@@ -16,12 +16,19 @@ from pipelines import cli, train
 from tests.drawn import TEXTS, captioned
 
 STEPS, EVERY = 60, 20
-CONFIG = {
+CONFIG: dict[str, Any] = {
     # No BatchNorm, so that one worker computes what two do.
     "model": {
-        **{"image_size": 32, "patch_size": 16, "stem": False, "branch_layers": [], "sharing": {"layers": "all"}},
-        **{"width": 32, "text_width": 32, "layers": 2, "text_layers": 2, "num_heads": 2, "text_heads": 2},
-        **{"embed_dim": 16, "vocab_size": 600, "context_length": 16, "dropout": 0.0},
+        "image_size": 32,
+        "patch_size": 16,
+        "stem": False,
+        "branch_layers": [],
+        "sharing": {"layers": "all"},
+        "embed_dim": 16,
+        "vocab_size": 600,
+        "context_length": 16,
+        **dict.fromkeys(("width", "text_width"), 32),
+        **dict.fromkeys(("layers", "text_layers", "num_heads", "text_heads"), 2),
     },
     "data": {"augment": {"flip": 0.5}},
     "optim": {"lr": 1e-3, "warmup_steps": 5, "clip_grad_norm": 1.0},
