@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tensorboardX import SummaryWriter
@@ -31,6 +30,23 @@ def read(run: Folder) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def newest(run: Folder) -> dict[str, Any] | None:
+    """The last record of a run; of a local one, without reading the whole log."""
+    if run.local is None or not run.exists(METRICS):
+        records = read(run)
+        return records[-1] if records else None
+    with (run.local / METRICS).open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - 8192))
+        for line in reversed(file.read().splitlines()):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # being written, or cut at the start of what was read
+                continue
+            if isinstance(record, dict):
+                return record
+    return None
 
 
 class MetricsLog:
@@ -73,11 +89,9 @@ class MetricsLog:
             for file in sorted((self.scratch / self.events).iterdir()):
                 self.run.upload(file, f"{self.events}/{file.name}")
 
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.board.close()
+    def close(self) -> None:
+        """Writes what is left; nothing may be written after."""
         self.flush()
+        self.board.close()
         if self.scratch:
             shutil.rmtree(self.scratch)

@@ -6,19 +6,23 @@ step, and batches come ready from a loader that has already proved them to be th
 
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from msclip.data.loader import BadRow, Batch, Batches
-from msclip.distributed import all_gather_objects
+from msclip.distributed import all_gather_objects, first_ranks_object
 from msclip.engine import Engine, MicroBatch, read_metrics
 from msclip.errors import TrainingError, UserError
 from msclip.metrics_log import MetricsLog
 from msclip.storage import Folder
 from msclip.tokens import pack
+
+QUARANTINE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True)
@@ -104,16 +108,6 @@ class LocalRun:
     world_size: int = 1
 
 
-@dataclass
-class Progress:
-    """What has happened since the last report, of this worker."""
-
-    started: float
-    waited: float = 0.0
-    steps: int = 0
-    bad: list[BadRow] = field(default_factory=list)
-
-
 def micro_batches(batch: Batch, count: int) -> Sequence[MicroBatch]:
     """Splits a worker's share into `count` equal parts and packs their captions."""
     rows = len(batch.pixels) // count
@@ -134,7 +128,7 @@ def train(
     accumulation_steps: int = 1,
     max_bad_fraction: float = 0.01,
 ) -> dict[str, Any]:
-    """Trains from `start_step` to `total_steps` and returns the last metrics.
+    """Trains from `start_step` to `total_steps` and returns the last record.
 
     Every worker calls this with its own batches. Steps are numbered from 1 in what is reported: a checkpoint of step k has
     seen k global batches. A record's `batch` is a checksum of the global batch's row ids, whatever the number of workers.
@@ -146,80 +140,116 @@ def train(
         TrainingError: on every worker at the same step, when the loss is not finite, too many rows are bad, or a checkpoint
             could not be written.
     """
-    log = MetricsLog(run.folder, start_step + 1) if run.rank == 0 else None
-    bad_rows = int(log.last.get("train/bad_rows", 0)) if log else 0
-    seen_rows = start_step * config.global_batch
-    saved_at, record = time.monotonic(), dict[str, Any]()
-    window = Progress(time.perf_counter())
-    iterator = iter(batches)
+    reporter = Reporter(run, config.global_batch, max_bad_fraction, start_step)
+    record: dict[str, Any] = {}
+    step, saved_at = start_step, time.monotonic()
     try:
-        for step in range(start_step + 1, total_steps + 1):
-            fetching = time.perf_counter()
-            batch = next(iterator)
-            window.waited += time.perf_counter() - fetching
-            assert batch.step == step - 1, f"batch {batch.step} came where {step - 1} was due"
+        for step, batch in enumerate(reporter.timed(batches), start_step + 1):
             metrics = engine.train_step(micro_batches(batch, accumulation_steps))
-            window.steps += 1
-            window.bad += batch.bad
-            last = step == total_steps
-            due = last or (checkpoints.every_steps is not None and step % checkpoints.every_steps == 0)
-            if last or due or step % config.log_every_steps == 0:
-                elapsed = time.perf_counter() - window.started
-                every_minutes = checkpoints.every_minutes
-                late = every_minutes is not None and time.monotonic() - saved_at > 60 * every_minutes
-                reports = all_gather_objects({"bad": window.bad, "waited": window.waited, "late": late, "rows": batch.rows})
-                bad = [row for report in reports for row in report["bad"]]
-                bad_rows, seen_rows = bad_rows + len(bad), seen_rows + window.steps * config.global_batch
-                record = {
-                    "step": step,
-                    "epoch": float(batch.epoch),
-                    "time": time.time(),
-                    "batch": f"{zlib.crc32(b''.join(report['rows'].tobytes() for report in reports)):08x}",
-                    **read_metrics(metrics),
-                    "train/pairs_per_second": window.steps * config.global_batch / elapsed,
-                    "train/data_wait": max(report["waited"] for report in reports) / elapsed,
-                    "train/bad_rows": bad_rows,
-                }
-                if log:
-                    _quarantine(run.folder, bad)
-                    log.write(record)
-                _stop_if_too_bad(run, bad_rows, seen_rows, max_bad_fraction, bad)
-                if due or reports[0]["late"]:
+            reporter.count(batch)
+            due = step == total_steps or (checkpoints.every_steps is not None and step % checkpoints.every_steps == 0)
+            if due or step % config.log_every_steps == 0:
+                record = reporter.report(step, batch, metrics)
+                late = checkpoints.every_minutes is not None and time.monotonic() - saved_at > 60 * checkpoints.every_minutes
+                if first_ranks_object(due or late):
                     save(step)
+                    reporter.flush()
                     saved_at = time.monotonic()
-                    if log:
-                        log.flush()
-                window = Progress(time.perf_counter())
+                reporter.restart()
     finally:
         if isinstance(batches, Batches):
             batches.close()
-        if log:
-            log.__exit__(None, None, None)
+        reporter.close()
+    assert step == total_steps, f"the batches ended at step {step} of {total_steps}"
     return record
 
 
-def _stop_if_too_bad(run: Run, bad_rows: int, seen_rows: int, limit: float, bad: list[BadRow]) -> None:
-    # Rank 0 alone remembers the rows of earlier attempts, so its count decides for all.
-    bad_rows = all_gather_objects(bad_rows)[0]
-    if bad_rows > max(1.0, limit * seen_rows):
-        worst = max({row.shard for row in bad}, key=lambda s: sum(row.shard == s for row in bad), default="(earlier)")
-        raise TrainingError(
-            f"{bad_rows} of {seen_rows} rows so far could not be used, more than data.max_bad_fraction {limit} allows; most "
-            f"of the latest are in {worst}. {run.folder.url}/quarantine.jsonl lists each with its reason. Repair or remove "
-            "them, or raise the limit, and continue with --resume"
-        )
+class Reporter:
+    """Turns what the workers did since the last report into one record, and bad rows into the run's quarantine.
+
+    Collective: all workers report at the same steps; rank 0 writes.
+    """
+
+    def __init__(self, run: Run, global_batch: int, max_bad_fraction: float, start_step: int):
+        self.run, self.global_batch, self.max_bad_fraction = run, global_batch, max_bad_fraction
+        self.log = MetricsLog(run.folder, start_step + 1) if run.rank == 0 else None
+        self.bad_rows = int(self.log.last.get("train/bad_rows", 0)) if self.log else 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins a new stretch of steps, from now."""
+        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.bad: list[BadRow] = []
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, with the time spent waiting for them counted."""
+        iterator = iter(batches)
+        while True:
+            began = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+    def count(self, batch: Batch) -> None:
+        """One more step, made with `batch`."""
+        self.steps += 1
+        self.bad += batch.bad
+
+    def report(self, step: int, batch: Batch, metrics: Mapping[str, Tensor | float]) -> dict[str, Any]:
+        """The record of the steps since `restart`; speed and waiting are those of the slowest worker.
+
+        Raises:
+            TrainingError: more rows were bad than the run allows.
+        """
+        elapsed = time.perf_counter() - self.started
+        mine = {"bad": self.bad, "waited": self.waited, "rows": batch.rows, "bad_rows": self.bad_rows}
+        reports = all_gather_objects(mine)
+        bad = [row for report in reports for row in report["bad"]]
+        # Rank 0 alone knows of the rows before a resumption.
+        self.bad_rows = reports[0]["bad_rows"] + len(bad)
+        record = {
+            "step": step,
+            "epoch": float(batch.epoch),
+            "time": time.time(),
+            "batch": f"{zlib.crc32(b''.join(report['rows'].tobytes() for report in reports)):08x}",
+            **read_metrics(metrics),
+            "train/pairs_per_second": self.steps * self.global_batch / elapsed,
+            "train/data_wait": max(report["waited"] for report in reports) / elapsed,
+            "train/bad_rows": self.bad_rows,
+        }
+        if self.log:
+            quarantine(self.run.folder, bad)
+            self.log.write(record)
+        if self.bad_rows > max(1.0, self.max_bad_fraction * step * self.global_batch):
+            worst, _ = Counter(row.shard for row in bad).most_common(1)[0] if bad else ("earlier shards", 0)
+            raise TrainingError(
+                f"{self.bad_rows} of {step * self.global_batch} rows so far could not be used, more than "
+                f"data.max_bad_fraction {self.max_bad_fraction} allows; most of the latest are in {worst}. "
+                f"{self.run.folder.url}/{QUARANTINE} lists each with its reason. Repair or remove them, or raise the limit, "
+                "and continue with --resume"
+            )
+        return record
+
+    def flush(self) -> None:
+        """Makes the log visible to others."""
+        if self.log:
+            self.log.flush()
+
+    def close(self) -> None:
+        """Ends the log."""
+        if self.log:
+            self.log.close()
 
 
-def _quarantined(folder: Folder) -> list[str]:
-    return folder.read_text("quarantine.jsonl").splitlines() if folder.exists("quarantine.jsonl") else []
-
-
-def _quarantine(folder: Folder, bad: list[BadRow]) -> None:
+def quarantine(folder: Folder, bad: Sequence[BadRow]) -> None:
+    """Adds rows to the run's quarantine, each once."""
     if not bad:
         return
-    known = _quarantined(folder)
-    new = [line for line in dict.fromkeys(row.to_json() for row in bad) if line not in set(known)]
-    folder.write_text("quarantine.jsonl", "\n".join([*known, *new]) + "\n")
+    known = folder.read_text(QUARANTINE).splitlines() if folder.exists(QUARANTINE) else []
+    lines = dict.fromkeys([*known, *(row.to_json() for row in bad)])
+    folder.write_text(QUARANTINE, "\n".join(lines) + "\n")
 
 
 def agree(action: Callable[[], Any]) -> Any:

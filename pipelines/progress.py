@@ -52,12 +52,11 @@ class Progress:
 
     def _show(self, final: bool = False) -> None:
         try:
-            records = metrics_log.read(self.run)
+            last = metrics_log.newest(self.run)
         except OSError:
             return  # the storage may be slow to answer; the next look will do
-        if not records:
+        if last is None:
             return
-        last = records[-1]
         text = (
             f"epoch {last['epoch']:.1f}  loss {last['train/loss']:.3f}  "
             f"accuracy {last['train/image_to_text_accuracy']:.1%}/{last['train/text_to_image_accuracy']:.1%}  "
