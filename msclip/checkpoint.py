@@ -9,6 +9,7 @@ goes on under another ZeRO stage and another number of workers.
 import contextlib
 import fnmatch
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,6 +34,7 @@ from msclip.storage import Folder
 
 FORMAT = "msclip/1"
 MODEL_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+SCRATCH = ".checkpoint-"
 MODEL, OPTIMIZER, STATE, COMPLETE = "model.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"
 
 
@@ -223,8 +225,14 @@ def newest(run: Folder) -> Folder | None:
 
 def read_state(checkpoint: Folder) -> dict[str, Any]:
     """Step, settings, data identity and versions of a checkpoint."""
-    state = json.loads(checkpoint.read_text(STATE))
-    assert isinstance(state, dict)
+    try:
+        state = json.loads(checkpoint.read_text(STATE))
+        if not (isinstance(state, dict) and isinstance(state["step"], int)):
+            raise ValueError("it has no step")
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"{checkpoint.url}/{STATE} is damaged ({error}); delete that folder to go on from the checkpoint before it"
+        ) from None
     return state
 
 
@@ -244,7 +252,8 @@ def save(
     """
     folder = run / "checkpoints" / folder_name(state["step"])
     try:
-        folder.delete()
+        _remove(folder)
+        _sweep(run)
         with tempfile.TemporaryDirectory(**_beside(run)) as scratch:
             file = Path(scratch) / "tensors"
             export(file, model_state, config, tokenizer, preprocess, provenance=state)
@@ -268,7 +277,7 @@ def _beside(run: Folder) -> dict[str, Any]:
     if run.local is None:
         return {}
     run.local.mkdir(parents=True, exist_ok=True)
-    return {"dir": run.local, "prefix": ".checkpoint-"}
+    return {"dir": run.local, "prefix": SCRATCH}
 
 
 def _move(file: Path, folder: Folder, name: str) -> None:
@@ -276,15 +285,31 @@ def _move(file: Path, folder: Folder, name: str) -> None:
         folder.upload(file, name)
         return
     folder.local.mkdir(parents=True, exist_ok=True)
+    with file.open("rb+") as opened:  # on the disk before the marker says so, and readable like every other file of the run
+        os.fsync(opened.fileno())
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
     file.replace(folder.local / name)
+
+
+def _remove(checkpoint: Folder) -> None:
+    """Deletes a checkpoint; its marker first, so that an interrupted deletion leaves nothing that looks whole."""
+    checkpoint.delete(COMPLETE)
+    checkpoint.delete()
+
+
+def _sweep(run: Folder) -> None:
+    """Deletes the scratch space of a process that died while it wrote."""
+    for name in run.names(f"{SCRATCH}*") if run.local else []:
+        run.delete(name)
 
 
 def prune(run: Folder, keep: int | None, keep_optimizer: int) -> None:
     """Deletes old checkpoints beyond the newest `keep`, and optimiser states beyond the newest `keep_optimizer`."""
     checkpoints = finished(run)
     for folder in checkpoints[: -keep if keep else 0]:
-        folder.delete(COMPLETE)  # first, so that an interrupted deletion leaves nothing that looks whole
-        folder.delete()
+        _remove(folder)
     for folder in checkpoints[-keep if keep else 0 : -keep_optimizer]:
         folder.delete(OPTIMIZER)
 

@@ -11,11 +11,12 @@ from msclip import checkpoint
 from msclip.data.loader import Batches
 from msclip.data.tokenizer import Tokenizer
 from msclip.engine import create_engine
-from msclip.errors import UserError
+from msclip.errors import TrainingError, UserError
 from msclip.storage import Folder
+from msclip.training import agree
 from pipelines.session import RayRun
 from pipelines.stream import ray_units
-from pipelines.train import Prepared, plain, versions
+from pipelines.train import CONFIG, Prepared, plain, versions
 
 
 def prepare(prepared: Prepared) -> dict[str, Any]:
@@ -32,6 +33,8 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
     if newest:
         check_same_data(prepared, state, newest)
     start_step = int(state["step"])
+    # Before the engine: rank 0 alone meets a damaged file, and the others must hear of it outside any other exchange.
+    tensors = agree(lambda: checkpoint.load_optimizer(newest) if newest and run.rank == 0 else ({}, {}))
     # Reading starts at once, so that it is under way when the engine is ready.
     batches = read_batches(prepared, run, start_step, total_steps)
     torch.manual_seed(training.seed)
@@ -48,8 +51,7 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
         seed=training.seed,
     )
     if newest:
-        tensors = checkpoint.load_optimizer(newest) if run.rank == 0 else ({}, {})
-        engine.load_full_state(*tensors, step=start_step)
+        engine.load_full_state(tensors[0], tensors[1], step=start_step)
     tokenizer = Tokenizer.from_json(prepared.tokenizer)
     return {
         "run": run,
@@ -115,6 +117,11 @@ def saver(prepared: Prepared, run: RayRun, engine: Any, tokenizer: Tokenizer) ->
     def write(step: int, model_state: dict[str, Any], optimizer_state: dict[str, Any]) -> None:
         if run.rank:
             return
+        if not run.folder.exists(CONFIG):
+            raise TrainingError(
+                f"the run's folder {run.folder.url} has lost its {CONFIG}: was it deleted or moved? Nothing more is written "
+                "there; start a new run"
+            )
         state = {
             "step": step,
             "plan": identity(prepared),
@@ -128,6 +135,6 @@ def saver(prepared: Prepared, run: RayRun, engine: Any, tokenizer: Tokenizer) ->
 
     def save(step: int) -> None:
         model_state, optimizer_state = engine.full_state()
-        msclip.training.agree(lambda: write(step, model_state, optimizer_state))
+        agree(lambda: write(step, model_state, optimizer_state))
 
     return save
