@@ -4,6 +4,7 @@ Fetch, step, report. The loop knows neither Ray nor DeepSpeed: a `Run` says who 
 step, and batches come ready from a loader that has already proved them to be the plan's.
 """
 
+import math
 import time
 import zlib
 from collections import Counter
@@ -32,7 +33,7 @@ class TrainingConfig:
     global_batch: int = 4096
     """Pairs of one optimiser step over all workers; every pair is every other's negative."""
     epochs: float | None = 32
-    """Passes over the data; the paper's configs hint at 32. Ignored where `steps` is given, so give one of the two."""
+    """Passes over the data, where `steps` is null; the paper's configs hint at 32."""
     steps: int | None = None
     """Optimiser steps; null to count in epochs."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -46,16 +47,15 @@ class TrainingConfig:
     """How often metrics are written."""
 
     def __post_init__(self) -> None:
-        if (self.epochs is None) == (self.steps is None):
-            raise UserError(
-                "training needs exactly one of training.epochs and training.steps (set the other to null), "
-                f"got {self.epochs} and {self.steps}"
-            )
-        for name in ("global_batch", "log_every_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"training.{name} must be at least 1, got {getattr(self, name)}")
-        if (self.steps is not None and self.steps < 1) or (self.epochs is not None and self.epochs <= 0):
-            raise UserError(f"training.steps and training.epochs must be positive, got {self.steps} and {self.epochs}")
+        if self.epochs is None and self.steps is None:
+            raise UserError("training needs training.epochs or training.steps, got null for both")
+        # A batch of one has no negatives: its loss is zero whatever the model.
+        for name, least in (("global_batch", 2), ("log_every_steps", 1), ("seed", 0), ("steps", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"training.{name} must be at least {least}, got {value}")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise UserError(f"training.epochs must be positive, got {self.epochs}")
 
     def total_steps(self, rows: int) -> int:
         """Steps of the whole run over `rows` pairs an epoch."""
@@ -79,6 +79,8 @@ class CheckpointConfig:
     """How many of the newest keep their optimiser state (two thirds of the bytes), which only resuming needs."""
 
     def __post_init__(self) -> None:
+        if self.every_steps is None and self.every_minutes is None:
+            raise UserError("checkpoint needs checkpoint.every_steps or checkpoint.every_minutes, got null for both")
         for name in ("every_steps", "every_minutes", "keep", "keep_optimizer"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -174,12 +176,14 @@ class Reporter:
         self.run, self.global_batch, self.max_bad_fraction = run, global_batch, max_bad_fraction
         self.log = MetricsLog(run.folder, start_step + 1) if run.rank == 0 else None
         self.bad_rows = int(self.log.last.get("train/bad_rows", 0)) if self.log else 0
+        self.bad_here = self.read_here = 0  # since this start: what the share of bad rows is measured by
         self.restart()
 
     def restart(self) -> None:
         """Begins a new stretch of steps, from now."""
         self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
         self.bad: list[BadRow] = []
+        self.opened = 0
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, with the time spent waiting for them counted."""
@@ -196,6 +200,7 @@ class Reporter:
         """One more step, made with `batch`."""
         self.steps += 1
         self.bad += batch.bad
+        self.opened += batch.opened
 
     def report(self, step: int, batch: Batch, metrics: Mapping[str, Tensor | float]) -> dict[str, Any]:
         """The record of the steps since `restart`; speed and waiting are those of the slowest worker.
@@ -204,11 +209,13 @@ class Reporter:
             TrainingError: more rows were bad than the run allows.
         """
         elapsed = time.perf_counter() - self.started
-        mine = {"bad": self.bad, "waited": self.waited, "rows": batch.rows, "bad_rows": self.bad_rows}
+        mine = {"bad": self.bad, "opened": self.opened, "waited": self.waited, "rows": batch.rows, "bad_rows": self.bad_rows}
         reports = all_gather_objects(mine)
         bad = [row for report in reports for row in report["bad"]]
         # Rank 0 alone knows of the rows before a resumption.
         self.bad_rows = reports[0]["bad_rows"] + len(bad)
+        self.bad_here += len(bad)
+        self.read_here += sum(report["opened"] for report in reports)
         record = {
             "step": step,
             "epoch": float(batch.epoch),
@@ -222,10 +229,10 @@ class Reporter:
         if self.log:
             quarantine(self.run.folder, bad)
             self.log.write(record)
-        if self.bad_rows > max(1.0, self.max_bad_fraction * step * self.global_batch):
+        if self.bad_here > self.max_bad_fraction * max(1000, self.read_here):
             worst, _ = Counter(row.shard for row in bad).most_common(1)[0] if bad else ("earlier shards", 0)
             raise TrainingError(
-                f"{self.bad_rows} of {step * self.global_batch} rows so far could not be used, more than "
+                f"{self.bad_here} of {self.read_here} rows read so far could not be used, more than "
                 f"data.max_bad_fraction {self.max_bad_fraction} allows; most of the latest are in {worst}. "
                 f"{self.run.folder.url}/{QUARANTINE} lists each with its reason. Repair or remove them, or raise the limit, "
                 "and continue with --resume"

@@ -50,7 +50,8 @@ class DataConfig:
     augment: Augment = field(default_factory=Augment)
     """How training images are varied."""
     max_bad_fraction: float = 0.01
-    """Training stops when more than this share of the rows so far could not be used."""
+    """Training stops when more than this share of the rows read so far could not be used; the first thousand may have as many
+    as a thousand."""
     decode_cpus: float = 1.0
     """Logical CPUs that one decoding task occupies. Workers that train hold CPUs too; at least this many must be left."""
     prefetch: int = 2
@@ -83,6 +84,8 @@ class Batch:
     token_ids: Int64[Tensor, "batch context"]
     bad: list[BadRow]
     """Rows replaced in the units that were opened for this batch: each once an epoch, perhaps before its own batch."""
+    opened: int
+    """Rows of those units, of which `bad` is a part."""
 
 
 def assemble(
@@ -108,14 +111,16 @@ def assemble(
         if step == stop_step:
             break
         bad: list[BadRow] = []
+        opened = 0
         while upcoming is not None and upcoming.first_step <= step:
             decoded = next(arriving, None)
             _check(decoded, upcoming)
             assert decoded is not None
             held[upcoming.lane].append(_Open(decoded))
             bad += decoded.bad
+            opened += len(decoded.row)
             upcoming = next(expected, None)
-        yield _batch(plan, rank, world_size, step, lanes, held, bad, pin_memory)
+        yield _batch(plan, rank, world_size, step, lanes, held, bad, opened, pin_memory)
     extra = next(arriving, None)
     if extra is not None:
         raise RuntimeError(f"the data stream holds a unit after the last of step {stop_step}: rows {_short(extra.row)}")
@@ -156,6 +161,7 @@ def _batch(
     lanes: list[tuple[int, int]],
     held: dict[int, deque[_Open]],
     bad: list[BadRow],
+    opened: int,
     pin_memory: bool,
 ) -> Batch:
     planned = plan.share(step, rank, world_size)
@@ -180,7 +186,7 @@ def _batch(
                 held[lane].popleft()
     if not np.array_equal(rows, planned.row):
         raise RuntimeError(f"batch {step} of rank {rank} has rows {_short(rows)} where the plan has {_short(planned.row)}")
-    return Batch(step, plan.epoch(step + 1), rows, pixels, token_ids, bad)
+    return Batch(step, plan.epoch(step + 1), rows, pixels, token_ids, bad, opened)
 
 
 _Queue = queue.Queue[Batch | BaseException | None]

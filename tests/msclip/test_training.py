@@ -102,9 +102,9 @@ def test_too_many_bad_rows_stop_the_run_and_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"epochs": 1, "steps": 1}, "exactly one"),
-        ({"epochs": None}, "exactly one"),
-        ({"global_batch": 0}, "global_batch"),
+        ({"seed": -1}, "seed"),
+        ({"epochs": None}, "epochs or"),
+        ({"global_batch": 1}, "global_batch"),
         ({"epochs": -1}, "positive"),
     ],
 )
