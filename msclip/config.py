@@ -3,6 +3,7 @@
 Every combination that cannot be built is refused here, by the names a user wrote.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -108,6 +109,16 @@ class ModelConfig:
     """Standard deviation of fresh token embeddings: 1.0 in MS-CLIP, 0.02 in CLIP."""
 
     def __post_init__(self) -> None:
+        for name in ("image_size", "patch_size", "width", "text_width", "embed_dim", "vocab_size", "context_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout must be from 0 to below 1, got {self.dropout}")
+        for name in ("norm_eps", "token_std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"model.{name} must be positive, got {getattr(self, name)}")
+        if not math.isfinite(self.logit_scale_init):
+            raise UserError(f"model.logit_scale_init must be finite, got {self.logit_scale_init}")
         if self.image_size % self.patch_size:
             raise UserError(
                 f"model.image_size must be a multiple of model.patch_size, got {self.image_size} and {self.patch_size}"

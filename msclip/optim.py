@@ -54,6 +54,11 @@ class OptimConfig:
         for name, low in (("warmup_steps", 0), ("accumulation_steps", 1)):
             if getattr(self, name) < low:
                 raise UserError(f"optim.{name} must be at least {low}, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas) or not self.eps > 0:
+            raise UserError(f"optim.betas must be from 0 to below 1 and optim.eps positive, got {self.betas} and {self.eps}")
+        for name in ("weight_decay", "weight_decay_shared", "min_lr"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"optim.{name} must not be negative, got {getattr(self, name)}")
         for name in ("lr", "temperature_max", "clip_grad_norm", "lr_shared"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -4,6 +4,10 @@ A job is a frozen dataclass. `--config` takes a file or the name of a shipped YA
 `--print_config` shows the result; unknown keys and wrong types end with status 2, as do all mistakes of a user.
 """
 
+import argparse
+import difflib
+import itertools
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +32,13 @@ def shipped_configs() -> list[str]:
 def config_path(value: str) -> str:
     """A path as it is; a shipped name becomes the path of its YAML."""
     if Path(value).is_file():
+        try:
+            content = yaml.safe_load(Path(value).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            what = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
+            raise UserError(f"--config {value} is not valid YAML: {what}") from None
+        if content is not None and not isinstance(content, dict):
+            raise UserError(f"--config {value} must hold settings by name, got a {type(content).__name__}")
         return value
     shipped = CONFIGS / f"{value}.yaml"
     if shipped.is_file():
@@ -45,8 +56,7 @@ def parse(job: type[Job], argv: Sequence[str] | None = None, *, prog: str | None
         defaults: YAML text that takes the place of the class's own defaults, for continuing a run.
 
     Raises:
-        SystemExit: status 2 with a usage line, from jsonargparse, for an unknown key or a value of the wrong type.
-        UserError: `--config` names neither a file nor a shipped configuration.
+        UserError: an unknown key, a value of the wrong type, or `--config` names neither a file nor a shipped configuration.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for i, argument in enumerate(arguments):
@@ -54,14 +64,26 @@ def parse(job: type[Job], argv: Sequence[str] | None = None, *, prog: str | None
             arguments[i + 1] = config_path(arguments[i + 1])
         elif argument.startswith("--config="):
             arguments[i] = "--config=" + config_path(argument.removeprefix("--config="))
-    parser = jsonargparse.ArgumentParser(prog=prog, description=(job.__doc__ or "").strip())
+    parser = jsonargparse.ArgumentParser(prog=prog, description=(job.__doc__ or "").strip(), exit_on_error=False)
     parser.add_argument("--config", action="config", help="a YAML file, or the name of a shipped one")
     parser.add_class_arguments(job, as_group=False)
-    if defaults is not None:
-        parser.set_defaults(yaml.safe_load(defaults))
-    namespace = parser.parse_args(arguments)
-    namespace.pop("config", None)
-    return job(**parser.instantiate(namespace).as_dict())
+    try:
+        if defaults is not None:
+            parser.set_defaults(yaml.safe_load(defaults))
+        namespace = parser.parse_args(arguments)
+        namespace.pop("config", None)
+        return job(**parser.instantiate(namespace).as_dict())
+    except (jsonargparse.ArgumentError, argparse.ArgumentError, yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{' '.join(str(error).split())}{suggestion(parser, str(error))}") from None
+
+
+def suggestion(parser: jsonargparse.ArgumentParser, error: str) -> str:
+    """The known settings that look most like a word of the message, for a typo."""
+    known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+    words = [word for word in re.findall(r"[A-Za-z_][\w.]*", error) if word not in known]
+    words += [".".join(pair) for pair in itertools.pairwise(re.findall(r"'([\w.]+)'", error))]
+    close = {match for word in words for match in difflib.get_close_matches(word, known, n=1, cutoff=0.8)}
+    return f"; did you mean {' or '.join(sorted(close))}?" if close else "; --help lists all settings"
 
 
 def take_option(arguments: list[str], name: str) -> str | None:
@@ -90,6 +112,9 @@ def guard(main: Callable[[], int | None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except OSError as error:
+        print(f"error: {error.strerror or error}: {error.filename or 'storage'}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

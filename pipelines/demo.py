@@ -5,6 +5,7 @@ both occur), so the zero-shot accuracy at the end is on combinations the model h
 """
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -22,6 +23,7 @@ from pipelines.jobs import ClusterConfig
 from pipelines.scenes import TEMPLATES, DemoData, draw_dataset
 
 MARKER = ".msclip-demo"
+BATCH = 256  # training.global_batch of the shipped config
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,17 @@ class DemoJob:
     """Training processes."""
     seed: int = 0
     """Of the drawings and of training."""
+
+    def __post_init__(self) -> None:
+        if self.images < BATCH or self.epochs <= 0 or self.seed < 0:
+            raise UserError(
+                f"--images must be at least {BATCH}, --epochs positive and --seed not negative, got {self.images}, "
+                f"{self.epochs} and {self.seed}"
+            )
+        if self.workers < 1 or BATCH % self.workers or self.workers > (os.cpu_count() or 1):
+            raise UserError(
+                f"--workers must divide {BATCH} and not exceed this machine's {os.cpu_count()} CPUs, got {self.workers}"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,11 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status:
             return status
         say("Training a small MS-CLIP-S")
+        warmup = min(40, int(job.epochs * job.images / BATCH / 8))
         status = train.main(
             [
                 *("--config", "demo", "--data.train", shards, "--run.storage", str(folder / "runs")),
                 *("--cluster.num_workers", str(job.workers), "--training.epochs", str(job.epochs)),
-                *("--training.seed", str(job.seed)),
+                *("--training.seed", str(job.seed), "--optim.warmup_steps", str(warmup)),
             ]
         )
         if status:

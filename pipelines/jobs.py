@@ -1,5 +1,7 @@
 """The root config of the training job; each section sits beside what it configures."""
 
+import math
+import re
 from dataclasses import dataclass, field
 
 from msclip.config import ModelConfig
@@ -34,6 +36,12 @@ class PixelsConfig:
     background: tuple[int, int, int] = (255, 255, 255)
     """What shows through transparent pixels, 0 to 255."""
 
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(m) for m in self.mean) or not all(s > 0 and math.isfinite(s) for s in self.std):
+            raise UserError(f"pixels.mean must be finite and pixels.std positive, got {self.mean} and {self.std}")
+        if not all(0 <= value <= 255 for value in self.background):
+            raise UserError(f"pixels.background must be 0 to 255, got {self.background}")
+
 
 @dataclass(frozen=True)
 class ClusterConfig:
@@ -46,7 +54,8 @@ class ClusterConfig:
     cpus_per_worker: float = 1
     """CPUs reserved for each training process, on top of what decoding takes."""
     address: str | None = None
-    """A Ray cluster to join; `local` for a new one on this machine; null for RAY_ADDRESS or the one running here, else new."""
+    """A Ray cluster to join; `local` for a new one on this machine; null for RAY_ADDRESS or what
+    `ray start` made here, else a new one."""
     autoscaling: bool = False
     """Wait for nodes that the autoscaler will add, instead of refusing more workers than the cluster has now."""
     max_failures: int = 3
@@ -57,6 +66,10 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.num_workers < 1:
             raise UserError(f"cluster.num_workers must be at least 1, got {self.num_workers}")
+        if self.cpus_per_worker <= 0:
+            raise UserError(f"cluster.cpus_per_worker must be positive, got {self.cpus_per_worker}")
+        if self.max_failures < -1:
+            raise UserError(f"cluster.max_failures must be at least 0, or -1 for no limit, got {self.max_failures}")
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,10 @@ class RunConfig:
     """Folder of this run below `storage`; a new run wants a new name."""
     storage: str = "runs"
     """A folder that every node sees: a local or shared path, or s3://bucket/prefix."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", self.name):
+            raise UserError(f"run.name must be letters, digits, '.', '-' and '_', as it names a folder, got {self.name!r}")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class Progress:
         self.stop = threading.Event()
         self.terminal = sys.stdout.isatty()
         self.printed = (0, 0.0)
+        self.since, self.patience = time.time(), 60.0
         self.bar = Bar(
             TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
             BarColumn(),
@@ -50,12 +51,19 @@ class Progress:
         while not self.stop.wait(POLL_SECONDS[self.run.local is not None]):
             self._show()
 
+    def _say_waiting(self) -> None:
+        waited = time.time() - self.since
+        if waited > self.patience:
+            print(f"no step yet after {waited:.0f} s: workers start, or wait for CPUs, GPUs or data", flush=True)
+            self.patience *= 2
+
     def _show(self, final: bool = False) -> None:
         try:
             last = metrics_log.newest(self.run)
         except OSError:
             return  # the storage may be slow to answer; the next look will do
-        if last is None:
+        if last is None or last["time"] < self.since:  # of an earlier start
+            self._say_waiting()
             return
         text = (
             f"epoch {last['epoch']:.1f}  loss {last['train/loss']:.3f}  "

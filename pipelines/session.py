@@ -1,6 +1,7 @@
 """Ray, as the jobs use it: joining a cluster, checking that it is large enough, and a training worker's place in it."""
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -25,8 +26,10 @@ PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "A
 
 
 @contextmanager
-def cluster(config: ClusterConfig) -> Iterator[None]:
+def cluster(config: ClusterConfig) -> Iterator[bool]:
     """Joins the cluster that `config` names, or starts one on this machine and stops it at the end.
+
+    Yields whether it was started here.
 
     Raises:
         UserError: there is no cluster at that address.
@@ -38,7 +41,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():  # a caller's own session, as in tests and the demo
-        yield
+        yield False
         return
     variables = WORKER_ENV | {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     options: dict[str, Any] = {
@@ -46,12 +49,13 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         "log_to_driver": config.logs,
         "logging_level": logging.INFO if config.logs else logging.WARNING,
     }
+    start = config.address == "local" or (config.address is None and not offered())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            if config.address == "local" or (config.address is None and not _running()):
+            if start:
                 # Reading holds a logical CPU while it waits, so training's own are added to the machine's.
-                cpus = (os.cpu_count() or 1) + round(config.num_workers * config.cpus_per_worker)
+                cpus = (os.cpu_count() or 1) + math.ceil(config.num_workers * config.cpus_per_worker)
                 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody else is to join this one
                 ray.init(address="local", num_cpus=max(4, cpus), include_dashboard=False, **options)
             else:
@@ -62,22 +66,27 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
                 "`ray start --head`, or set cluster.address local"
             ) from None
     try:
-        yield
+        yield start
     finally:
         ray.shutdown()
 
 
-def _running() -> bool:
-    """Whether RAY_ADDRESS or a Ray process of this machine offers a cluster."""
+def offered() -> bool:
+    """Whether RAY_ADDRESS names a cluster, or one that `ray start` made runs here; private ones of programs do not count."""
     if os.environ.get("RAY_ADDRESS"):
         return True
     from ray._private.services import find_gcs_addresses
+    from ray._private.utils import read_ray_address
 
-    return bool(find_gcs_addresses())
+    return read_ray_address() in find_gcs_addresses()
 
 
-def uses_gpu(config: ClusterConfig) -> bool:
+def uses_gpu(config: ClusterConfig, decode_cpus: float, started: bool) -> bool:
     """Whether this job trains on GPUs.
+
+    Args:
+        decode_cpus: what one decoding task occupies beside the training workers.
+        started: the cluster was started by this process, with more logical CPUs than the machine has.
 
     Raises:
         UserError: the cluster has fewer CPUs or GPUs than the job wants and nothing will add any.
@@ -95,13 +104,15 @@ def uses_gpu(config: ClusterConfig) -> bool:
             f"cluster.num_workers asks for {config.num_workers} GPUs and the cluster has {have.get('GPU', 0):g}; lower it, set "
             "cluster.use_gpu false, or set cluster.autoscaling true if nodes are to be added"
         )
-    local = (os.cpu_count() or 1) if config.address == "local" else have.get("CPU", 0)
-    wanted = config.num_workers * config.cpus_per_worker
-    if wanted > min(local, have.get("CPU", 0)):
+    workers = config.num_workers * config.cpus_per_worker
+    cpus, wanted = have.get("CPU", 0), workers + decode_cpus
+    if started:
+        cpus, wanted = os.cpu_count() or 1, workers
+    if wanted > cpus:
         raise UserError(
-            f"cluster.num_workers {config.num_workers} with cluster.cpus_per_worker {config.cpus_per_worker:g} asks for "
-            f"{wanted:g} CPUs and the cluster has {local:g}; lower one of them, or set cluster.autoscaling true if nodes are "
-            "to be added"
+            f"cluster.num_workers {config.num_workers} with cluster.cpus_per_worker {config.cpus_per_worker:g} and "
+            f"data.decode_cpus {decode_cpus:g} ask for {wanted:g} CPUs and the cluster has {cpus:g}; lower one of them, or set "
+            "cluster.autoscaling true if nodes are to be added"
         )
     return gpu
 

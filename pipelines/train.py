@@ -8,7 +8,9 @@ starts, for the first time or after a crash, goes on from the newest complete ch
 
 import itertools
 import platform
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
@@ -16,6 +18,7 @@ from typing import Any
 
 import yaml
 
+import msclip
 from msclip import checkpoint
 from msclip.data.captions import texts
 from msclip.data.images import Preprocess
@@ -53,54 +56,81 @@ class Prepared:
         """From image files to the model's input."""
         return Preprocess(image_size=self.job.model.image_size, **asdict(self.job.pixels))
 
+    def check(self) -> None:
+        """Builds the plan, the preprocessing and, without memory, the model; raises `UserError` for what cannot be."""
+        _ = self.plan, self.preprocess
+        msclip.build(self.job.model, device="meta")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains as the command line says; returns the exit status."""
-    job, resume = read_job(sys.argv[1:] if argv is None else list(argv))
-    return run(job, resume)
+    job, folder, resume = read_job(sys.argv[1:] if argv is None else list(argv))
+    return run(job, folder, resume)
 
 
-def read_job(argv: list[str]) -> tuple[TrainJob, bool]:
-    """The job, and whether it continues a run: `--resume RUN` takes the config from that run's folder."""
+def read_job(argv: list[str]) -> tuple[TrainJob, Folder, bool]:
+    """The job, the run's folder, and whether it continues: `--resume RUN` takes the config from that folder."""
     arguments = list(argv)
     resume = cli.take_option(arguments, "--resume")
     if resume is None:
-        return cli.parse(TrainJob, arguments, prog="train"), False
+        job = cli.parse(TrainJob, arguments, prog="train")
+        # As every node sees it, and as a later --resume from another place does.
+        job = replace(job, data=replace(job.data, train=Folder(job.data.train).url if job.data.train else ""))
+        return job, Folder(job.run.storage) / job.run.name, False
     folder = Folder(resume)
     if not folder.exists(CONFIG):
         raise UserError(f"--resume must be the folder of a run, got {resume!r}, which has no {CONFIG}")
-    job = cli.parse(TrainJob, arguments, prog="train", defaults=folder.read_text(CONFIG))
-    parent, _, name = folder.url.rstrip("/").rpartition("/")
-    return replace(job, run=replace(job.run, name=name, storage=parent)), True
+    return cli.parse(TrainJob, arguments, prog="train", defaults=folder.read_text(CONFIG)), folder, True
 
 
-def run(job: TrainJob, resume: bool = False) -> int:
-    """Prepares and trains. Raises `UserError` for what the user can mend."""
-    folder = Folder(job.run.storage) / job.run.name
+def run(job: TrainJob, folder: Folder, resume: bool = False) -> int:
+    """Prepares and trains in `folder`. Raises `UserError` for what the user can mend."""
     if not resume and folder.exists(CONFIG):
         raise UserError(
             f"run.name {job.run.name!r} exists in {job.run.storage}; continue it with --resume {folder.url}, or choose another"
         )
     manifest = Manifest.load(job.data.train, job.data.image_column, job.data.caption_column)
-    if manifest.rows < job.training.global_batch:
-        raise UserError(
-            f"training.global_batch must not exceed the {manifest.rows} rows of data.train, got {job.training.global_batch}"
-        )
+    total = total_steps(job, manifest)
+    # Also builds what the workers will build, so that a mistake shows before any of them starts.
+    Prepared(job, folder.url, manifest, "", False).check()
+    newest = checkpoint.newest(folder) if resume else None
+    if newest and checkpoint.read_state(newest)["step"] >= total:
+        print(f"nothing to do: {newest.url} is the last of {total:,} steps; raise training.epochs or training.steps to go on")
+        return 0
     from pipelines import session
+    from pipelines.claim import claimed
 
-    with session.cluster(job.cluster):
-        use_gpu = session.uses_gpu(job.cluster)
+    with claimed(folder), session.cluster(job.cluster) as started:
+        use_gpu = session.uses_gpu(job.cluster, job.data.decode_cpus, started)
         tokenizer = prepare_tokenizer(job, manifest, folder, resume)
         if not resume:
             folder.write_text(CONFIG, yaml.safe_dump(plain(job), sort_keys=False))
         prepared = Prepared(job, folder.url, manifest, tokenizer.to_json(), use_gpu)
-        total = job.training.total_steps(manifest.rows)
         print(
             f"run {folder.url}: {manifest.rows:,} pairs, {total:,} steps of {job.training.global_batch:,}, "
             f"{job.cluster.num_workers} worker{'s' * (job.cluster.num_workers > 1)} on {'GPU' if use_gpu else 'CPU'}",
             flush=True,
         )
         return fit(prepared, folder, total)
+
+
+def total_steps(job: TrainJob, manifest: Manifest) -> int:
+    """Steps of the whole run.
+
+    Raises:
+        UserError: too few rows for a batch, or too few steps to get past the warm-up.
+    """
+    if manifest.rows < job.training.global_batch:
+        raise UserError(
+            f"training.global_batch must not exceed the {manifest.rows} rows of data.train, got {job.training.global_batch}"
+        )
+    total = job.training.total_steps(manifest.rows)
+    if job.optim.warmup_steps >= total:
+        raise UserError(
+            f"optim.warmup_steps must be less than the run's {total} steps, got {job.optim.warmup_steps}: the learning rate "
+            "would never reach its peak; lower it, or train longer"
+        )
+    return total
 
 
 def prepare_tokenizer(job: TrainJob, manifest: Manifest, folder: Folder, resume: bool) -> Tokenizer:
@@ -157,12 +187,19 @@ def fit(prepared: Prepared, folder: Folder, total_steps: int) -> int:
             failure_config=FailureConfig(max_failures=cluster.max_failures),
         ),
     )
+    handler = signal.getsignal(signal.SIGINT)
     with Progress(folder, total_steps):
         try:
             result: Any = trainer.fit()  # Train V2's Result, which the annotation of fit() does not name
             outcome = result.return_value
+        except (KeyboardInterrupt, SystemExit):  # Ray stops the workers at Ctrl-C and then leaves without a word
+            print(f"\ninterrupted; go on with --resume {folder.url}", file=sys.stderr)
+            return 130
         except TrainingFailedError as error:
             raise TrainingError(explain(error, folder)) from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, handler)
     if outcome and "error" in outcome:
         print(f"error: {outcome['error']}", file=sys.stderr)
         return int(outcome["exit_status"])

@@ -110,7 +110,7 @@ class Plan:
         self.global_batch, self.seed, self.unit_rows = global_batch, seed, unit_rows
         if global_batch < 1 or seed < 0 or unit_rows < 1:
             raise UserError(
-                f"global_batch and data.unit_rows must be at least 1 and data.seed at least 0, "
+                f"training.global_batch and unit_rows must be at least 1 and training.seed at least 0, "
                 f"got {global_batch}, {unit_rows} and {seed}"
             )
         if self.rows < global_batch:
