@@ -154,6 +154,8 @@ def _read_export(file: Path, header: Mapping[str, str], source: str) -> Weights:
         preprocess = Preprocess.from_dict(json.loads(header["preprocess"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{source} was written by another version of msclip: {error!r} in its header") from error
+    except UserError as error:
+        raise UserError(f"{source} is refused: its header is not that of a model: {error}") from None
     if config.depth + sum(config.resnet_blocks) > len(tensors):  # before a model of that depth is laid out
         raise UserError(f"{source} is refused: its header claims {config.depth} layers, but it holds {len(tensors)} tensors")
     try:
