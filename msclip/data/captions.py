@@ -6,6 +6,7 @@ Nothing is lost silently: a row that cannot be used is returned with its reason.
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ def read_captions(
     """Every row of a table of captions, and those that cannot be read.
 
     Raises:
-        UserError: no such file, of no known kind, not in UTF-8, empty, or without these columns.
+        UserError: no such file, of no known kind, not in UTF-8, malformed, empty, or without these columns.
     """
     if not file.name.endswith(SUFFIXES):
         raise UserError(f"captions must be a file of kind {', '.join(SUFFIXES)}, got {file.url!r}")
@@ -108,17 +109,38 @@ def _delimited(text: str, file: Folder, refused: list[Refused]) -> Iterator[tupl
     # A tab-separated file has no quoting: a lone quotation mark belongs to the caption.
     tabs = file.name.endswith(".tsv")
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-    lines = csv.reader(io.StringIO(text, newline=""), **options)
-    try:
-        header = next(lines, [])
-        for number, values in enumerate(line for line in lines if line):
+    # Strict: otherwise a quotation mark that is never closed takes all lines after it for one caption.
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True, **options)
+    header: list[str] | None = None
+    number = 0
+    while True:
+        first_line = lines.line_num + 1
+        try:
+            values = next(lines, None)
+        except csv.Error as error:
+            raise UserError(
+                f"{file.url} is not a well-formed table: in the row that begins in line {first_line}, {error}; check its "
+                "quotation marks"
+            ) from None
+        if values is None:
+            return
+        if header is None:
+            header = values
+            _check_distinct(header, f"line {first_line} of {file.url}")
+        elif values:
             if len(values) == len(header):
                 yield number, dict(zip(header, values, strict=True))
             else:
                 reason = f"{len(values)} values for {len(header)} columns"
                 refused.append(Refused(file.name, number, None, values[0], reason))
-    except csv.Error as error:
-        raise UserError(f"{file.url} cannot be read near line {lines.line_num}: {error}") from None
+            number += 1
+
+
+def _check_distinct(names: Sequence[str], where: str) -> None:
+    """Raises `UserError` for two columns of one name. Columns without a name, which spreadsheets append, are no matter."""
+    for name, times in Counter(name.strip() for name in names).items():
+        if name and times > 1:
+            raise UserError(f"{where} names {times} columns {name!r}; give each column a name of its own")
 
 
 def _json(text: str, name: str, refused: list[Refused]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -141,6 +163,7 @@ def _parquet(data: bytes, file: Folder, image_column: str | None, caption_column
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file.url} is not a whole Parquet file: {error}") from error
     names = source.schema_arrow.names
+    _check_distinct(names, file.url)
     image = column(names, image_column, IMAGE_NAMES, "image_column", file.url)
     caption = column(names, caption_column, CAPTION_NAMES, "caption_column", file.url)
     rows = []
