@@ -174,7 +174,11 @@ class ImageFolder:
 
 
 class _Finder:
-    """From an image's name in a table to the files it may mean: by path, else by file name, else without a suffix."""
+    """From an image's name in a table to the files it may mean.
+
+    The name is a file's path below the folder or the end of one, in whole parts: `train/0.jpg` is never `val/0.jpg`. Where
+    no file fits, the same without the file's suffix.
+    """
 
     def __init__(self, folder: Folder, files: list[str]):
         self.root = folder.path.rstrip("/") + "/"
@@ -191,7 +195,14 @@ class _Finder:
         if path in self.paths:
             return [path]
         last = PurePosixPath(path).name
-        return self.names.get(last) or ([] if _is_image(last) else self.stems.get(last, []))
+        found = [file for file in self.names.get(last, []) if _ends_with(file, path)]
+        if found or _is_image(last):
+            return found
+        return [file for file in self.stems.get(last, []) if _ends_with(str(PurePosixPath(file).with_suffix("")), path)]
+
+
+def _ends_with(path: str, end: str) -> bool:
+    return f"/{path}".endswith(f"/{end}")
 
 
 @dataclass(frozen=True)

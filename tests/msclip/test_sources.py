@@ -53,12 +53,28 @@ def test_rows_that_cannot_be_read_are_returned_with_reasons(tmp_path: Path) -> N
         ("a.csv", "", "has no rows"),
         ("a.csv", "image,text\na.jpg,Bär\n".encode("latin-1"), "not in UTF-8"),
         ("a.parquet", "no parquet", "not a whole Parquet file"),
+        (
+            "a.csv",
+            'image,text\na.jpg,x\nb.jpg,"open\nc.jpg,y\nd.jpg,z\n',
+            r"a\.csv .* begins in line 3, unexpected end of data",
+        ),
+        ("a.csv", 'image,text\na.jpg,"open\nb.jpg,"shut"\n', r"a\.csv .* begins in line 2, ',' expected after"),
+        ("a.csv", '"image,text\na.jpg,x\n', r"a\.csv .* begins in line 1, unexpected end of data"),
+        ("a.csv", "image,image,text\na.jpg,b.jpg,x\n", r"line 1 of .*a\.csv names 2 columns 'image'"),
+        ("a.tsv", "image\ttext\ttext\na.jpg\tx\ty\n", r"line 1 of .*a\.tsv names 2 columns 'text'"),
         ("a.xlsx", "x", r"must be a file of kind \.csv"),
     ],
 )
 def test_an_unusable_table_is_the_users_mistake(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_captions(table(tmp_path / name, content))
+
+
+def test_a_caption_may_span_lines_and_columns_need_no_name(tmp_path: Path) -> None:
+    assert pairs(table(tmp_path / "a.csv", 'image,text,,\na.jpg,"one\ntwo",,\n\nb.jpg,say "x",,\n')) == [
+        ("a.jpg", ["one\ntwo"]),
+        ("b.jpg", ['say "x"']),
+    ]
 
 
 def test_a_column_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
@@ -80,11 +96,21 @@ def listed(source: Source) -> tuple[list[str], list[tuple[str, str, str]]]:
 
 def test_an_image_is_found_by_path_by_name_or_by_name_without_suffix(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "a/1.jpg", "b/1.png", "b/2.jpeg", "3.webp", "d/odd.dat", ".hidden/4.jpg", "notes.md")
-    names = ["a/1.jpg", "./b/1.png", "2.jpeg", "3", f"{tmp_path}/d/odd.dat", "web\\b\\2.jpeg"]
+    names = ["a/1.jpg", "./b/1.png", "2.jpeg", "3", f"{tmp_path}/d/odd.dat", "b\\2.jpeg"]
     table(tmp_path / "captions.csv", "image,text\n" + "".join(f"{name},caption of {name}\n" for name in names))
     files, refused = listed(open_source(str(folder)))
     assert files == ["a/1.jpg", "b/1.png", "b/2.jpeg", "3.webp", "d/odd.dat"]
     assert refused == []
+
+
+def test_a_path_is_found_by_its_own_end_and_never_by_the_file_name_alone(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "val/0.jpg", "set/train/1.jpg", "set/train/2.png", "val/3.jpg", "retrain/4.jpg")
+    names = ["train/0.jpg", "train/1.jpg", "train/2", "train/3", "train/4.jpg", "/elsewhere/val/0.jpg", "3.jpg"]
+    table(tmp_path / "captions.csv", "image,text\n" + "".join(f"{name},caption of {name}\n" for name in names))
+    files, refused = listed(open_source(str(folder)))
+    assert files == ["set/train/1.jpg", "set/train/2.png", "val/3.jpg"]
+    missing = ["train/0.jpg", "train/3", "train/4.jpg", "/elsewhere/val/0.jpg"]
+    assert [line for line in refused if line[2] == "no such image"] == [("captions.csv", n, "no such image") for n in missing]
 
 
 def test_a_name_that_may_mean_two_images_is_refused(tmp_path: Path) -> None:
