@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,18 +24,25 @@ _CACHE_BYTES = 256 * 2**20
 def find(spec: str) -> tuple[Folder, list[str]]:
     """The Parquet files that a spec means: one file, a glob inside one folder, or a folder; and the folder they are in.
 
+    A folder with a manifest, which is what ingest writes, means the files that the manifest lists, wherever below.
+
     Raises:
-        UserError: there is none, with the spec and what was looked for.
+        UserError: there is none, with the spec and what was looked for; or the files are not what the manifest says.
     """
+    from msclip.data.shards import MANIFEST, Manifest  # here, because that module finds its files by this one
+
     parent, last = _split(spec)
     kind = _kind(parent, last)
     if kind == fs.FileType.File:
         return parent, [last]
     if kind == fs.FileType.Directory or not last:
-        names = Folder(spec).names("*.parquet")
+        folder = Folder(spec)
+        if folder.exists(MANIFEST):
+            return folder, list(Manifest.load(spec).files)
+        names = folder.names("*.parquet")
         if not names:
             raise UserError(f"the folder {spec!r} holds no Parquet file (*.parquet) directly inside")
-        return Folder(spec), names
+        return folder, names
     if any(mark in last for mark in "*?["):
         names = [name for name in parent.names(last) if name.endswith(".parquet")]
         if not names:
@@ -48,7 +56,7 @@ def _split(spec: str) -> tuple[Folder, str]:
     """A path or URL without its last part, and that part. The query of a URL stays with the folder."""
     scheme, mark, rest = spec.removeprefix("file://").partition("://")
     if not mark:
-        path = Path(scheme)
+        path = Path(unquote(scheme) if spec.startswith("file://") else scheme)
         return (Folder(path.parent), path.name) if path.name not in ("", "..") else (Folder(path), "")
     place, query_mark, query = rest.partition("?")
     parent, _, name = place.rstrip("/").rpartition("/")

@@ -16,6 +16,7 @@ from pyarrow import fs
 
 from msclip.data.captions import CAPTION_NAMES, SUFFIXES, CaptionRow, Refused, column, read_captions, texts
 from msclip.data.parquet import find, read_footer, read_row_group
+from msclip.data.shards import MANIFEST
 from msclip.errors import UserError
 from msclip.storage import Folder
 
@@ -86,7 +87,7 @@ def open_source(
         if key_column is not None:
             raise UserError("key_column is for Parquet; the key of an image in a folder is its path")
         return ImageFolder(folder, _caption_file(folder, captions), image_column, caption_column, name or folder.name)
-    if is_folder and not folder.names("*.parquet"):
+    if is_folder and not (folder.exists(MANIFEST) or folder.names("*.parquet")):
         raise UserError(f"input {spec!r} holds neither images nor Parquet files; give a folder of images or of shards")
     if not is_folder and not spec.endswith(".parquet"):
         raise UserError(f"input must be a folder of images, or Parquet (file, folder or glob), got {spec!r}: not found")

@@ -22,11 +22,10 @@ from pyarrow import fs
 from torch import Tensor
 
 from msclip.data.images import BadImage, Preprocess
+from msclip.data.parquet import find
 from msclip.data.tokenizer import Tokenizer
 from msclip.errors import UserError
-from msclip.eval.tasks import split_parent
 from msclip.model import Model
-from msclip.storage import Folder
 
 
 class Skipped(NamedTuple):
@@ -98,20 +97,12 @@ class Rows:
 
 
 def open_rows(spec: str) -> Rows:
-    """The rows of a Parquet file, a folder of them, or a pattern in the last part of a path or URL.
+    """The rows of a Parquet file, a folder of them or of ingest, or a pattern in the last part of a path or URL.
 
     Raises:
-        UserError: nothing is there.
+        UserError: nothing is there, or a folder's files are not what its manifest says.
     """
-    parent, name = split_parent(spec)
-    if any(mark in name for mark in "*["):
-        folder, names = Folder(parent), Folder(parent).names(name)
-    elif Folder(spec).filesystem.get_file_info(Folder(spec).path).type == fs.FileType.Directory:
-        folder, names = Folder(spec), Folder(spec).names("*.parquet")
-    else:
-        folder, names = Folder(parent), [name] if Folder(parent).exists(name) else []
-    if not names:
-        raise UserError(f"data must be a Parquet file, a folder of them or a pattern, and nothing is at {spec!r}")
+    folder, names = find(spec)
     return Rows(folder.filesystem, tuple((folder / name).path for name in names), spec)
 
 

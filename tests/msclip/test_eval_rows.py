@@ -5,8 +5,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from msclip.data.shards import Manifest, Shard
 from msclip.errors import UserError
 from msclip.eval.rows import encode_images, image_bytes, open_rows, spread
+from msclip.storage import Folder
 from tests.drawn import COLOURS, labelled, png, tiny_parts
 
 CPU = torch.device("cpu")
@@ -25,6 +27,22 @@ def test_rows_of_several_files_are_numbered_through(tmp_path: Path, spec: str) -
     assert [(number, values["n"]) for number, values in rows.read(["n"])] == [(n, n) for n in range(607)]
 
 
+def test_a_folder_of_ingest_is_read_by_its_manifest(tmp_path: Path) -> None:
+    table = pa.table({"image": [b"x"] * 3, "captions": [["a"], ["b"], ["c"]]})
+    for place in ("in/shards/00001.parquet", "in/shards/00000.parquet", "in/shards/left-over.parquet"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, tmp_path / place, row_group_size=2)
+    folder = Folder(tmp_path / "in")
+    names = ("shards/00001.parquet", "shards/00000.parquet")
+    Manifest(folder, tuple(Shard.read(folder, name) for name in names)).write()
+    rows = open_rows(str(tmp_path / "in"))
+    assert rows.files == tuple(str(tmp_path / "in" / name) for name in names)
+    assert [values["captions"] for _, values in rows.read(["captions"])] == [["a"], ["b"], ["c"]] * 2
+    pq.write_table(table.slice(1), tmp_path / "in" / names[0])
+    with pytest.raises(UserError, match="the file changed after ingest"):
+        open_rows(str(tmp_path / "in"))
+
+
 def test_only_the_chosen_rows_are_read(tmp_path: Path) -> None:
     numbered(tmp_path / "a.parquet", 0, 700, 300)
     chosen = [699, 0, 255, 256, 299, 300, 650]
@@ -40,8 +58,8 @@ def test_a_limit_spreads_over_all_rows() -> None:
 def test_data_that_are_missing_or_no_parquet_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"not at all")
     for spec, complaint in [
-        ("gone.parquet", "nothing is at"),
-        ("x-*.parquet", "nothing is at"),
+        ("gone.parquet", "gone.parquet' do not exist"),
+        ("x-*.parquet", r"no Parquet file .* matches .*x-\*\.parquet"),
         ("a.parquet", "a.parquet is not"),
     ]:
         with pytest.raises(UserError, match=complaint):

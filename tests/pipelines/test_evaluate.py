@@ -161,7 +161,7 @@ def test_mistakes_end_with_status_2_and_one_paragraph_before_anything_starts(
         (["--run", "/nowhere/run", "--tasks", good], "nothing is at '/nowhere/run'"),
         (["--run", str(tmp_path / "empty"), "--tasks", good], "has no finished checkpoint"),
         (["--run", "/nowhere/m.safetensors", "--tasks", good], "there is none at /nowhere/m.safetensors"),
-        (["--run", run.url, "--tasks", "zeroshot:/nowhere/a.parquet"], "nothing is at '/nowhere/a.parquet'"),
+        (["--run", run.url, "--tasks", "zeroshot:/nowhere/a.parquet"], "'/nowhere/a.parquet' do not exist"),
         (["--run", run.url, "--tasks", good, "--checkpoints", "7"], "asks for step 7, and the finished checkpoints are 1, 2"),
         (["--run", run.url, "--tasks", good.replace("zeroshot", "retrieval")], "caption_column of task 'squares' must be"),
         (["--run", run.url, "--tasks", "cifar10"], "--tasks must be zeroshot:DATA"),
