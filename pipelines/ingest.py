@@ -3,12 +3,14 @@
 Every image is decoded once, in full, so that training meets only good ones; what is refused is listed with its reason in
 quarantine.jsonl. Rows are shuffled over the whole data set, by a seed. An image folder is read in the shuffled order, a
 task for each shard; Parquet is read in its own order, and Ray Data carries each row to its shard. The manifest is written
-last: a folder without one is not a finished data set, which is why the shards lie in a folder of their own below it.
+last: a folder without one is not a finished data set, which is why the shards lie in a folder of their own below it. A
+file INGESTING stands there from the first write to the manifest, so that only what an ingest left is taken for it.
 """
 
 import json
 import logging
 import pickle
+import re
 import sys
 import threading
 from collections import Counter
@@ -21,10 +23,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from pyarrow import fs
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from msclip.data.captions import Refused
-from msclip.data.shards import MANIFEST, Manifest
+from msclip.data.shards import FORMAT, MANIFEST, Manifest
 from msclip.data.sources import Source, open_source
 from msclip.errors import UserError
 from msclip.storage import Folder
@@ -33,6 +36,8 @@ from pipelines.ingest_tasks import SHARDS, Tally, Work, Written
 from pipelines.jobs import ClusterConfig
 
 QUARANTINE = "quarantine.jsonl"
+INGESTING = "INGESTING"
+_WRITTEN = re.compile(r"\d{5,}\.parquet|\.tmp-\d+-[0-9a-f]{12}")  # a shard, or what a killed task left of its copy
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class IngestJob:
     row_group_rows: int = 256
     """Rows of a row group, which is what training reads at a time."""
     overwrite: bool = False
-    """Replace the data set that is in the output folder."""
+    """Replace the data set that is in the output folder; files that no ingest wrote stay."""
     address: str | None = None
     """A Ray cluster to join; local for a new one on this machine; null for the one running here, else new."""
 
@@ -85,7 +90,7 @@ def run(job: IngestJob) -> Manifest:
     """Ingests and returns the new data set's manifest.
 
     Raises:
-        UserError: the input is missing or unusable, or the output folder holds something already.
+        UserError: the input is missing or unusable, or the output folder holds something that is not to be replaced.
         TrainingError: the disk is full, or the storage fails.
     """
     output = Folder(job.output)
@@ -97,8 +102,8 @@ def run(job: IngestJob) -> Manifest:
         raise UserError(f"nothing to ingest in {job.input!r}: no image has a caption. {_reasons(refused)}")
     _check_output(output, job.overwrite)
     with session.cluster(ClusterConfig(address=job.address)):
-        for name in (MANIFEST, QUARANTINE, SHARDS):  # the manifest first: what is left of a data set is none
-            output.delete(name)
+        output.write_text(INGESTING, "An ingest writes here, or was interrupted; the next one starts over.\n")
+        _clear(output)
         written = _write(job, source, places, output)
     shards = [w.shard for w in written if w.shard]
     rows = sum(shard.rows for shard in shards)
@@ -113,6 +118,7 @@ def run(job: IngestJob) -> Manifest:
     sources = sum((Counter(w.sources) for w in written), Counter[str]())
     manifest = Manifest(output, tuple(shards), quarantined=len(refused), sources=sources, created=created)
     manifest.write()
+    output.delete(INGESTING)
     size = sum(shard.size for shard in shards) / 2**20
     print(f"ingested {rows:,} rows into {len(shards):,} shards ({size:,.1f} MiB): {output.url}")
     print(f"quarantined {len(refused):,}: {_reasons(refused)} ({output.url}/{QUARANTINE})" if refused else "quarantined 0")
@@ -125,12 +131,34 @@ def _reasons(refused: Iterable[Refused]) -> str:
 
 
 def _check_output(output: Folder, overwrite: bool) -> None:
-    """Raises `UserError` unless there is room for a data set. What an interrupted ingest left has no manifest: it may go."""
-    if output.exists(MANIFEST) and not overwrite:
-        raise UserError(f"output {output.url} holds a data set already; choose another folder, or --overwrite true")
-    foreign = [name for name in output.names() if name not in (MANIFEST, QUARANTINE, SHARDS)]
-    if foreign:
-        raise UserError(f"output {output.url} must be empty or hold a data set of ingest; it has {', '.join(foreign[:5])}")
+    """Raises `UserError` unless the folder is empty, holds what an interrupted ingest left, or may be overwritten."""
+    if output.exists(MANIFEST):
+        if not _is_manifest(output):
+            raise UserError(f"output {output.url} has a {MANIFEST} that no ingest wrote; choose another folder")
+        if not overwrite:
+            raise UserError(f"output {output.url} holds a data set already; choose another folder, or --overwrite true")
+    elif not overwrite and not output.exists(INGESTING) and (names := output.names()):
+        raise UserError(
+            f"output {output.url} must be empty, and it has {', '.join(names[:5])}; choose another folder, or --overwrite "
+            f"true, which replaces {QUARANTINE} and {SHARDS}/00000.parquet, ... and leaves other files"
+        )
+
+
+def _is_manifest(output: Folder) -> bool:
+    try:
+        return str(json.loads(output.read_text(MANIFEST))["format"]).startswith(FORMAT.partition("/")[0])
+    except (ValueError, KeyError, TypeError, IsADirectoryError):
+        return False
+
+
+def _clear(output: Folder) -> None:
+    """Deletes what an earlier ingest wrote and nothing else; the manifest first: what is left of a data set is none."""
+    output.delete(MANIFEST)
+    output.delete(QUARANTINE)
+    shards = output / SHARDS
+    for info in shards.filesystem.get_file_info(fs.FileSelector(shards.path, allow_not_found=True)):
+        if info.type == fs.FileType.File and _WRITTEN.fullmatch(info.base_name):
+            shards.delete(info.base_name)
 
 
 def _write(job: IngestJob, source: Source, places: pa.Table, output: Folder) -> list[Written]:

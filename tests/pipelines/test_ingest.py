@@ -14,6 +14,7 @@ from PIL import Image
 
 from msclip.data.shards import Manifest
 from msclip.errors import UserError
+from msclip.eval.rows import open_rows
 from pipelines import cli, ingest
 
 
@@ -128,13 +129,73 @@ def test_without_a_seed_parquet_keeps_its_order(
 ) -> None:
     output = tmp_path / "shards"
     (output / "shards").mkdir(parents=True)
-    (output / "shards" / "00099.parquet").write_text("left by an ingest that was interrupted")
+    (output / "INGESTING").touch()
+    for name in ("00099.parquet", ".tmp-12-0123456789ab"):
+        (output / "shards" / name).write_text("left by an ingest that was interrupted")
     options = ("--input", f"{parquet}/*.parquet", "--output", output, "--shard_rows", 8, "--shuffle_seed", "null")
     assert run(capsys, *options, "--source", "mine")[0] == 0
     rows = shard_rows(output)
     assert [row["captions"] for row in rows] == [[f"image {i}"] for i in range(30) if i not in (9, 22)]
     assert {row["source"] for row in rows} == {"mine"}
-    assert not (output / "shards" / "00099.parquet").exists()
+    assert sorted(path.name for path in output.iterdir()) == ["manifest.json", "quarantine.jsonl", "shards"]
+    assert sorted(path.name for path in (output / "shards").iterdir()) == [f"{i:05}.parquet" for i in range(4)]
+
+
+OWN = ("notes.txt", "shards/cats.parquet", "shards/00000.parquet.bak", "shards/more/00000.parquet")
+
+
+def add_own_files(output: Path) -> None:
+    for name in OWN:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("mine")
+
+
+@pytest.mark.parametrize("name", ["shards/cats.parquet", "shards/00000.parquet", "quarantine.jsonl", "notes.txt"])
+def test_files_that_no_ingest_left_are_not_taken_for_one(
+    parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("mine")
+    status, _, error = run(capsys, "--input", parquet, "--output", tmp_path / "out")
+    assert status == 2
+    assert f"must be empty, and it has {name.split('/')[0]}; choose another folder, or --overwrite true" in error
+    assert [path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["mine"]
+
+
+def test_a_manifest_of_something_else_is_never_overwritten(
+    parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text('{"name": "a web page"}')
+    status, _, error = run(capsys, "--input", parquet, "--output", tmp_path / "out", "--overwrite", "true")
+    assert status == 2
+    assert "has a manifest.json that no ingest wrote" in error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["manifest.json"]
+
+
+def test_overwriting_leaves_files_that_no_ingest_wrote(
+    ray_session: None, parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    add_own_files(output)
+    options = ("--input", parquet, "--output", output, "--overwrite", "true")
+    assert run(capsys, *options, "--shard_rows", 8)[0] == 0
+    assert run(capsys, *options, "--shard_rows", 16)[0] == 0
+    written = {"manifest.json", "quarantine.jsonl", "shards/00000.parquet", "shards/00001.parquet"}
+    assert {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} == written | set(OWN)
+    assert {(output / name).read_text() for name in OWN} == {"mine"}
+
+
+def test_the_output_of_ingest_is_an_input_of_ingest_and_of_evaluation(
+    ray_session: None, parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run(capsys, "--input", parquet, "--output", first, "--shard_rows", 8)[0] == 0
+    assert run(capsys, "--input", first, "--output", second, "--shuffle_seed", "null")[0] == 0
+    assert shard_rows(second) == shard_rows(first)
+    assert quarantine(second) == []
+    rows = [row for _, row in open_rows(str(first)).read(["image", "captions", "key", "source"])]
+    assert rows == shard_rows(first)
 
 
 def test_an_input_without_one_good_image_leaves_a_quarantine_and_no_data_set(
@@ -147,6 +208,10 @@ def test_an_input_without_one_good_image_leaves_a_quarantine_and_no_data_set(
     assert [line["reason"] for line in quarantine(tmp_path / "out")] == ["not an image", "no image bytes"]
     with pytest.raises(UserError):
         Manifest.load(str(tmp_path / "out"))
+    # The next attempt needs no leave to replace it.
+    pq.write_table(pa.table({"jpg": [picture(1)], "caption": ["a"]}), tmp_path / "good.parquet")
+    assert run(capsys, "--input", tmp_path / "good.parquet", "--output", tmp_path / "out")[0] == 0
+    assert not (tmp_path / "out" / "INGESTING").exists()
 
 
 def test_a_damaged_file_ends_the_job_with_its_name_and_no_data_set(
@@ -162,6 +227,7 @@ def test_a_damaged_file_ends_the_job_with_its_name_and_no_data_set(
     assert "cannot read row group 1 of" in error
     assert "part-1.parquet" in error
     assert "Traceback" not in error
+    assert (tmp_path / "out" / "INGESTING").exists()
     with pytest.raises(UserError):
         Manifest.load(str(tmp_path / "out"))
 
