@@ -185,7 +185,6 @@ def test_tasks_may_be_written_one_after_the_other(tasks: list[str]) -> None:
     assert evaluate.gather(["--run", "r", *tasks, "--limit", "3"]) == ["--run", "r", '--tasks=["a", "b"]', "--limit", "3"]
 
 
-def test_an_unknown_option_is_refused() -> None:
-    with pytest.raises(SystemExit) as ended:
-        evaluate.main(["--run", "r", "--tasks", "zeroshot:a", "--batchsize", "3"])
-    assert ended.value.code == 2
+def test_an_unknown_option_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["--run", "r", "--tasks", "zeroshot:a", "--batchsize", "3"]) == 2
+    assert "did you mean batch_size" in capsys.readouterr().err
