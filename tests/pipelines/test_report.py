@@ -224,7 +224,7 @@ def test_a_missing_folder_is_the_users_mistake(tmp_path: Path) -> None:
 
 
 def test_gallery_data_that_are_missing_are_the_users_mistake(whole_run: Path) -> None:
-    with pytest.raises(UserError, match="nothing is at"):
+    with pytest.raises(UserError, match="do not exist"):
         report.main(["--run", str(whole_run), "--data", str(whole_run / "nothing.parquet")])
 
 
