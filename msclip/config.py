@@ -114,9 +114,10 @@ class ModelConfig:
                 raise UserError(f"model.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout must be from 0 to below 1, got {self.dropout}")
-        for name in ("norm_eps", "token_std"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"model.{name} must be positive, got {getattr(self, name)}")
+        if not 0 < self.norm_eps < math.inf or not 0 <= self.token_std < math.inf:
+            raise UserError(
+                f"model.norm_eps must be positive and model.token_std not negative, got {self.norm_eps} and {self.token_std}"
+            )
         if not math.isfinite(self.logit_scale_init):
             raise UserError(f"model.logit_scale_init must be finite, got {self.logit_scale_init}")
         if self.image_size % self.patch_size:
