@@ -1,4 +1,4 @@
-"""AdamW over three parameter groups, and a learning rate that is a function of the step.
+"""AdamW over groups of parameters, and a learning rate that is a function of the step and of the depth.
 
 No scheduler object exists: the rate of a step follows from the config alone, so nothing about it needs saving. Weight decay
 differs between shared and modality-specific weights, as in the official MS-CLIP config (its trainer is unreleased).
@@ -12,7 +12,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from msclip.config import ModelConfig
 from msclip.errors import UserError
+from msclip.layer_decay import levels_below_top
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two averages, by torch's names."""
@@ -42,6 +44,9 @@ class OptimConfig:
     """Learning rate at the last step of the cosine and linear schedules."""
     clip_grad_norm: float | None = None
     """Longest gradient, over all parameters together; a longer one is scaled down to it. Null = no limit, as official."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from one layer to the next below it (arXiv 2003.10555, 2106.08254): the head has the full
+    rate, the input the smallest. For fine-tuning, 0.6 to 0.9; 1 = the same rate everywhere."""
     temperature_max: float = 100.0
     """Cap of the learned temperature exp(logit_scale), as CLIP's."""
     accumulation_steps: int = 1
@@ -56,6 +61,8 @@ class OptimConfig:
                 raise UserError(f"optim.{name} must be at least {low}, got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas) or not self.eps > 0:
             raise UserError(f"optim.betas must be from 0 to below 1 and optim.eps positive, got {self.betas} and {self.eps}")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"optim.layer_decay must be above 0 and at most 1, got {self.layer_decay}")
         for name in ("weight_decay", "weight_decay_shared", "min_lr"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"optim.{name} must not be negative, got {getattr(self, name)}")
@@ -83,6 +90,8 @@ def learning_rate(step: int, base: float, config: OptimConfig, total_steps: int)
 class Grouped(Protocol):
     """What the optimiser asks of a model."""
 
+    config: ModelConfig
+
     def parameter_groups(self) -> dict[str, list[str]]:
         """Parameter names by `shared`, `own` and `no_decay`, each parameter once."""
         ...
@@ -93,7 +102,10 @@ class Grouped(Protocol):
 
 
 def parameter_groups(model: Grouped, config: OptimConfig) -> list[dict[str, Any]]:
-    """AdamW's groups, each with its peak rate in `base_lr`; a frozen parameter is in none, every other in exactly one."""
+    """AdamW's groups; a frozen parameter is in none, every other in exactly one.
+
+    A group has its peak rate without layer-wise decay in `base_lr` and the factor of its layer in `lr_scale`.
+    """
     parameters = dict(model.named_parameters())
     names = model.parameter_groups()
     listed = sorted(name for group in names.values() for name in group)
@@ -102,13 +114,17 @@ def parameter_groups(model: Grouped, config: OptimConfig) -> list[dict[str, Any]
     lr_shared = config.lr if config.lr_shared is None else config.lr_shared
     rates = {"shared": lr_shared, "own": config.lr, "no_decay": config.lr}
     decays = {"shared": config.weight_decay_shared, "own": config.weight_decay, "no_decay": 0.0}
-    groups: list[dict[str, Any]] = []
-    for group in ("shared", "own", "no_decay"):
-        trained = [parameters[name] for name in names[group] if parameters[name].requires_grad]
-        if trained:
-            rate = rates[group]
-            groups.append({"params": trained, "name": group, "lr": rate, "base_lr": rate, "weight_decay": decays[group]})
-    return groups
+    groups: dict[tuple[str, int], dict[str, Any]] = {}
+    for kind in ("shared", "own", "no_decay"):
+        for name in names[kind]:
+            if not parameters[name].requires_grad:
+                continue
+            level = levels_below_top(name, model.config) if config.layer_decay < 1 else 0
+            scale = config.layer_decay**level
+            rate = {"lr": rates[kind] * scale, "base_lr": rates[kind], "lr_scale": scale}
+            group = groups.setdefault((kind, level), {"params": [], "name": kind, "weight_decay": decays[kind], **rate})
+            group["params"].append(parameters[name])
+    return list(groups.values())
 
 
 def build_optimizer(model: Grouped, config: OptimConfig) -> torch.optim.AdamW:
@@ -119,9 +135,9 @@ def build_optimizer(model: Grouped, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def set_learning_rates(groups: list[dict[str, Any]], step: int, config: OptimConfig, total_steps: int) -> float:
-    """Writes each group's rate for update number `step`; returns the one of the unshared weights."""
+    """Writes each group's rate for update number `step`; returns the one of the head."""
     for group in groups:
-        group["lr"] = learning_rate(step, group["base_lr"], config, total_steps)
+        group["lr"] = group["lr_scale"] * learning_rate(step, group["base_lr"], config, total_steps)
     return learning_rate(step, config.lr, config, total_steps)
 
 

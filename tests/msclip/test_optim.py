@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from msclip import UserError
+from msclip.config import ModelConfig
 from msclip.optim import OptimConfig, build_optimizer, learning_rate, parameter_groups, set_learning_rates
 from tests.msclip.two_ranks import tiny_model
 
@@ -62,6 +63,8 @@ def test_a_frozen_parameter_is_not_optimised() -> None:
 
 
 class Forgetful(torch.nn.Linear):
+    config = ModelConfig()
+
     def parameter_groups(self) -> dict[str, list[str]]:
         return {"shared": [], "own": ["weight"], "no_decay": []}
 
@@ -71,8 +74,11 @@ def test_a_parameter_that_no_group_lists_is_an_error() -> None:
         parameter_groups(Forgetful(2, 2), OptimConfig())
 
 
+DECAYS: list[dict[str, Any]] = [{"layer_decay": 0.0}, {"layer_decay": 1.1}]
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"lr": 0.0}, {"min_lr": 1.0}, {"warmup_steps": -1}, {"accumulation_steps": 0}, {"clip_grad_norm": 0.0}]
+    "wrong", [{"lr": 0.0}, {"min_lr": 1.0}, {"warmup_steps": -1}, {"accumulation_steps": 0}, {"clip_grad_norm": 0.0}, *DECAYS]
 )
 def test_a_setting_out_of_range_is_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
