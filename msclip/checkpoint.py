@@ -1,13 +1,13 @@
 """What a checkpoint holds, and when it counts.
 
 A checkpoint is a folder: `model.safetensors` (the export, all that evaluation needs: float32 weights with config, tokenizer
-and preprocessing in its header), `optimizer.safetensors` and `state.json` for resuming, and `COMPLETE`, written last. A folder
-without that marker is the remains of a crash and is never read. Tensors carry our parameter names and are whole, so a run
-goes on under another ZeRO stage and another number of workers.
+and preprocessing in its header), `ema.safetensors` (a second export, the moving average of the weights, where a run keeps
+one), `optimizer.safetensors` and `state.json` for resuming, and `COMPLETE`, written last. A folder without that marker is the
+remains of a crash and is never read. Tensors carry our parameter names and are whole, so a run goes on under another ZeRO
+stage and another number of workers.
 """
 
 import contextlib
-import fnmatch
 import json
 import os
 import tempfile
@@ -23,19 +23,19 @@ from torch import Tensor
 
 from msclip.config import ModelConfig
 from msclip.convert.archive import read_metadata
-from msclip.convert.recognise import FOLDER_FILES
 from msclip.convert.recognise import read as read_foreign
 from msclip.convert.weights import Weights
 from msclip.data.images import Preprocess
 from msclip.data.tokenizer import Tokenizer, Truncation
 from msclip.errors import TrainingError, UserError
+from msclip.fetch import local_copy
 from msclip.model import Model, build
 from msclip.storage import Folder
 
 FORMAT = "msclip/1"
-MODEL_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 SCRATCH = ".checkpoint-"
-MODEL, OPTIMIZER, STATE, COMPLETE = "model.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"
+MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+STATE, COMPLETE = "state.json", "COMPLETE"
 
 
 class Loaded(NamedTuple):
@@ -132,7 +132,7 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Weight
         UserError: as `load`.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        local = _local_copy(str(path), Path(scratch))
+        local = local_copy(str(path), Path(scratch))
         file = local / MODEL if local.is_dir() else local
         header = read_metadata(file) if file.is_file() else None
         if header is None or "format" not in header or not header["format"].startswith("msclip"):
@@ -186,28 +186,6 @@ def load_weights(model: Model, tensors: Mapping[str, Tensor], source: str) -> No
     model.load_state_dict(dict(tensors), assign=True)
 
 
-def _local_copy(path: str, scratch: Path) -> Path:
-    """A local file, or a local folder with those files in it that can belong to a model."""
-    if "://" not in path:
-        local = Path(path)
-        if not local.exists():
-            raise UserError(f"there is no exported model at {path}; give a {MODEL} or a folder that holds one")
-        return local
-    location, mark, query = path.partition("?")
-    folder, lone = Folder(path), location.endswith(MODEL_ENDINGS)
-    if lone:
-        parent, _, name = location.rpartition("/")
-        folder, wanted = Folder(parent + mark + query), [name]
-    else:
-        wanted = [*FOLDER_FILES, "model-*.safetensors"]  # the parts of a large Hugging Face model
-    found = [name for name in folder.names() if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)]
-    if not found:
-        raise UserError(f"there is no exported model at {path}")
-    for name in found:
-        folder.download(name, scratch / name)
-    return scratch / found[0] if lone else scratch
-
-
 def folder_name(step: int) -> str:
     """The name of a step's checkpoint; sorts by step."""
     return f"step_{step:08d}"
@@ -246,8 +224,12 @@ def save(
     config: ModelConfig,
     tokenizer: Tokenizer,
     preprocess: Preprocess,
+    averaged_state: Mapping[str, Tensor] | None = None,
 ) -> Folder:
     """Writes a checkpoint of `state["step"]`; nothing that looks finished stays behind if it fails.
+
+    Args:
+        averaged_state: the moving average of the weights, if the run keeps one.
 
     Raises:
         TrainingError: the storage refused (full, gone, no permission).
@@ -260,6 +242,9 @@ def save(
             file = Path(scratch) / "tensors"
             export(file, model_state, config, tokenizer, preprocess, provenance=state)
             _move(file, folder, MODEL)
+            if averaged_state:
+                export(file, averaged_state, config, tokenizer, preprocess, provenance={**state, "weights": "ema"})
+                _move(file, folder, EMA)
             save_file({name: t.contiguous() for name, t in optimizer_state.items()}, str(file))
             _move(file, folder, OPTIMIZER)
         folder.write_text(STATE, json.dumps(dict(state), indent=1))
@@ -318,16 +303,22 @@ def prune(run: Folder, keep: int | None, keep_optimizer: int) -> None:
 
 def load_optimizer(checkpoint: Folder) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Model and optimiser tensors of a checkpoint, on the CPU."""
+    return _load_tensors(checkpoint, MODEL), _load_tensors(checkpoint, OPTIMIZER)
+
+
+def load_average(checkpoint: Folder) -> dict[str, Tensor]:
+    """The moving average of a checkpoint's weights, on the CPU; empty where it holds none."""
+    return _load_tensors(checkpoint, EMA) if checkpoint.exists(EMA) else {}
+
+
+def _load_tensors(checkpoint: Folder, name: str) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as scratch:
-        tensors = []
-        for name in (MODEL, OPTIMIZER):
-            file = checkpoint.local / name if checkpoint.local else Path(scratch) / name
-            if checkpoint.local is None:
-                checkpoint.download(name, file)
-            try:
-                tensors.append(load_file(file))
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{checkpoint.url}/{name} cannot be read: {error}; delete that folder to use the one before"
-                ) from None
-    return tensors[0], tensors[1]
+        file = checkpoint.local / name if checkpoint.local else Path(scratch) / name
+        if checkpoint.local is None:
+            checkpoint.download(name, file)
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{checkpoint.url}/{name} cannot be read: {error}; delete that folder to use the one before"
+            ) from None

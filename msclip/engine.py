@@ -1,8 +1,8 @@
-"""One training engine: plain PyTorch or DeepSpeed ZeRO 0 to 3 behind the same three verbs.
+"""One training engine: plain PyTorch or DeepSpeed ZeRO 0 to 3 behind the same few verbs.
 
-`train_step`, `full_state`, `load_full_state`. The state is whole float32 tensors by the model's own parameter names, so a
-checkpoint knows nothing of ZeRO stages or world sizes. Gradient accumulation keeps the negatives of the whole global batch:
-features first, then their gradients micro batch by micro batch (GradCache, arXiv 2101.06983).
+`train_step`, `full_state`, `averaged_state`, `load_full_state`; states are those of `engine_state.py`. Gradient accumulation
+keeps the negatives of the whole global batch: features first, then their gradients micro batch by micro batch (GradCache,
+arXiv 2101.06983).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,11 +15,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from msclip.distributed import copy_from_first_rank, first_ranks_object, mean_over_ranks, rank
+from msclip.distributed import copy_from_first_rank, mean_over_ranks, rank
+from msclip.ema import decay_at
+from msclip.engine_state import EngineState
 from msclip.errors import UserError
 from msclip.health import check_step
 from msclip.loss import ContrastiveResult, contrastive_loss
-from msclip.optim import MOMENTS, OptimConfig, build_optimizer, set_learning_rates
+from msclip.optim import OptimConfig, build_optimizer, set_learning_rates
 from msclip.stepper import PlainStepper, Stepper
 from msclip.tokens import PackedText
 
@@ -79,11 +81,10 @@ class Engine:
         self.module, self.model, self.device = module, module.model, device
         self.step = 0
         """Updates applied so far; the next `train_step` is number `step`."""
-        self._stepper, self._shapes, self._config = stepper, shapes, config
+        self._stepper, self._config = stepper, config
         self._total_steps, self._seed = total_steps, seed
         self._parameters = dict(self.model.named_parameters())
-        persistent = self.model.state_dict().keys() - self._parameters.keys()
-        self._buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in persistent}
+        self._state = EngineState(self.model, stepper, shapes, averaged=config.ema_decay is not None)
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor | float]:
         """One update from this rank's share of a global batch, as accumulation_steps micro batches of equal size.
@@ -115,6 +116,8 @@ class Engine:
         if (scale := self._parameters.get("logit_scale")) is not None and scale.requires_grad:
             self._stepper.cap(scale, float(np.log(self._config.temperature_max)))
         self.step += 1
+        if self._config.ema_decay is not None:
+            self._state.average(decay_at(self.step, self._config.ema_decay))
         return metrics
 
     def _backward(self, micro_batch: MicroBatch) -> tuple[ContrastiveResult, Tensor]:
@@ -147,7 +150,6 @@ class Engine:
             self._stepper.backward(surrogate + (temperature * temperature_grad).sum() / len(images))
         return result, leaves[2].detach()[0]
 
-    @torch.no_grad()
     def full_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Model and optimiser as float32 CPU tensors on rank 0; empty dicts elsewhere.
 
@@ -155,79 +157,26 @@ class Engine:
         number of updates behind the averages. BatchNorm's running statistics differ between ranks: they are averaged
         first, on the ranks too, so that a resumed run and the one that went on hold the same.
         """
-        model_state: dict[str, Tensor] = {}
-        optimizer_state: dict[str, Tensor] = {}
+        return self._state.read(self.step)
 
-        def keep(state: dict[str, Tensor], name: str, value: Tensor) -> None:
-            if rank() == 0:
-                state[name] = value.detach().to("cpu", copy=True).contiguous()
+    def averaged_state(self) -> dict[str, Tensor]:
+        """The moving average of the model's state, in the same form; empty where `optim.ema_decay` is null."""
+        return self._state.read_average()
 
-        for name, parameter in self._parameters.items():
-            with self._stepper.whole(parameter, write=False):
-                keep(model_state, name, parameter.data.float())
-            if parameter.requires_grad:
-                for key in MOMENTS:
-                    keep(optimizer_state, f"{key}/{name}", self._stepper.moment(parameter, key))
-        for name, buffer in self._buffers.items():
-            if buffer.is_floating_point():
-                buffer.copy_(mean_over_ranks(buffer))
-            keep(model_state, name, buffer)
-        keep(optimizer_state, "step", torch.tensor(self.step))
-        return model_state, optimizer_state
-
-    @torch.no_grad()
-    def load_full_state(self, model_state: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor], step: int) -> None:
+    def load_full_state(
+        self,
+        model_state: Mapping[str, Tensor],
+        optimizer_state: Mapping[str, Tensor],
+        step: int,
+        averaged_state: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Continues from `full_state` of any ZeRO stage and world size; `train_step` goes on with number `step`.
 
-        Only rank 0's dicts are read; other ranks may pass empty ones. `UserError` on all ranks if they do not fit.
+        Only rank 0's dicts are read; other ranks may pass empty ones. Without `averaged_state` the moving average, if there
+        is one, starts anew from `model_state`. `UserError` on all ranks if they do not fit.
         """
-        complaint = first_ranks_object(self._mismatch(model_state, optimizer_state, step) if rank() == 0 else None)
-        if complaint:
-            raise UserError(complaint)
-
-        def received(state: Mapping[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-            if rank() == 0:
-                return copy_from_first_rank(state[name].to(self.device, dtype, copy=True))
-            return copy_from_first_rank(torch.empty(shape, dtype=dtype, device=self.device))
-
-        for name, parameter in self._parameters.items():
-            value = received(model_state, name, self._shapes[name], torch.float32)
-            with self._stepper.whole(parameter, write=True):
-                parameter.data.copy_(value)
-        for name, buffer in self._buffers.items():
-            buffer.copy_(received(model_state, name, buffer.shape, buffer.dtype))
-        self._stepper.written()
-        self._stepper.reset_moments(step)
-        for name, parameter in self._parameters.items():
-            if parameter.requires_grad:
-                for key in MOMENTS:
-                    value = received(optimizer_state, f"{key}/{name}", self._shapes[name], torch.float32)
-                    self._stepper.set_moment(parameter, key, value)
+        self._state.write(model_state, optimizer_state, averaged_state or {}, step)
         self.step = step
-
-    def _mismatch(self, model_state: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor], step: int) -> str | None:
-        trained = {name: self._shapes[name] for name, p in self._parameters.items() if p.requires_grad}
-        buffers = {name: buffer.shape for name, buffer in self._buffers.items()}
-        moments = {f"{key}/{name}": shape for key in MOMENTS for name, shape in trained.items()}
-        for what, state, shapes in (
-            ("model", model_state, {**self._shapes, **buffers}),
-            ("optimizer", optimizer_state, moments | {"step": torch.Size()}),
-        ):
-            found = {name: tuple(value.shape) for name, value in state.items()}
-            expected = {name: tuple(shape) for name, shape in shapes.items()}
-            differing = sorted(name for name in found.keys() | expected if found.get(name) != expected.get(name))
-            if differing:
-                name = differing[0]
-                return (
-                    f"the checkpoint's {what} state does not fit this model: {len(differing)} tensors differ, the first is "
-                    f"{name} (checkpoint: {found.get(name, 'absent')}, here: {expected.get(name, 'absent')}). Resume "
-                    "with the configuration the checkpoint was made with."
-                )
-        if (updates := int(optimizer_state["step"])) != step:
-            return (
-                f"the checkpoint of step {step} holds the optimizer state of step {updates}: its files do not belong together"
-            )
-        return None
 
 
 def create_engine(
@@ -270,7 +219,6 @@ def create_engine(
         from msclip.stepper_deepspeed import deepspeed_stepper
 
         stepper = deepspeed_stepper(module, optimizer, config, zero_stage, micro_batch_size, zero_options or {})
-    stepper.reset_moments(0)
     return Engine(module, stepper, shapes, config, total_steps, device, seed)
 
 

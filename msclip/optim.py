@@ -18,6 +18,8 @@ from msclip.layer_decay import levels_below_top
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's two averages, by torch's names."""
+AVERAGE = "ema"
+"""The weights' own average, which stands beside them in the optimiser's state; see `ema.py`."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class OptimConfig:
     layer_decay: float = 1.0
     """Factor of the learning rate from one layer to the next below it (arXiv 2003.10555, 2106.08254): the head has the full
     rate, the input the smallest. For fine-tuning, 0.6 to 0.9; 1 = the same rate everywhere."""
+    ema_decay: float | None = None
+    """What a step leaves of the moving average of the weights, such as 0.999; in the first steps less, min(ema_decay,
+    (1 + step) / (10 + step)). Each checkpoint then has the average beside the weights. Null = no average."""
     temperature_max: float = 100.0
     """Cap of the learned temperature exp(logit_scale), as CLIP's."""
     accumulation_steps: int = 1
@@ -63,6 +68,8 @@ class OptimConfig:
             raise UserError(f"optim.betas must be from 0 to below 1 and optim.eps positive, got {self.betas} and {self.eps}")
         if not 0 < self.layer_decay <= 1:
             raise UserError(f"optim.layer_decay must be above 0 and at most 1, got {self.layer_decay}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"optim.ema_decay must be above 0 and below 1, or null for no average, got {self.ema_decay}")
         for name in ("weight_decay", "weight_decay_shared", "min_lr"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"optim.{name} must not be negative, got {getattr(self, name)}")
@@ -141,13 +148,16 @@ def set_learning_rates(groups: list[dict[str, Any]], step: int, config: OptimCon
     return learning_rate(step, config.lr, config, total_steps)
 
 
-def reset_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], step: int) -> None:
+def reset_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], step: int, averaged: bool) -> None:
     """AdamW's state as after `step` updates, with averages of zero, for tensors the optimiser updates.
 
     AdamW would make the same state lazily at its first update; made now, it can be loaded into, and memory that is too
-    small shows before training starts. `step` is a float32 scalar, on the device where AdamW is fused.
+    small shows before training starts. `step` is a float32 scalar, on the device where AdamW is fused. With `averaged` the
+    state also holds the average of the weights, which starts from them.
     """
     fused = optimizer.defaults["fused"]
     for parameter in parameters:
         counter = torch.tensor(float(step), dtype=torch.float32, device=parameter.device if fused else "cpu")
         optimizer.state[parameter] = {"step": counter} | {key: torch.zeros_like(parameter) for key in MOMENTS}
+        if averaged:
+            optimizer.state[parameter][AVERAGE] = parameter.detach().clone()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from msclip.distributed import mean_over_ranks, world_size
+from msclip.ema import average_weights
 from msclip.optim import reset_moments
 from msclip.tokens import PackedText
 
@@ -48,16 +49,20 @@ class Stepper(Protocol):
         """To be called after parameters were written."""
         ...
 
-    def moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        """The whole of one of AdamW's averages; collective."""
+    def average(self, decay: float) -> None:
+        """Moves the average of the weights towards them, without waiting for the device."""
         ...
 
-    def reset_moments(self, step: int) -> None:
-        """AdamW as after `step` updates, averages zero."""
+    def moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        """The whole of one of AdamW's averages, or of the weight's own; collective."""
+        ...
+
+    def reset_moments(self, step: int, averaged: bool) -> None:
+        """AdamW as after `step` updates, averages zero; with `averaged`, the weights' own average starts from them."""
         ...
 
     def set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        """Overwrites one of AdamW's averages with a whole tensor."""
+        """Overwrites what `moment` reads with a whole tensor."""
         ...
 
 
@@ -92,11 +97,14 @@ class WholeParameters:
     def written(self) -> None:
         """The parameters are the only copy."""
 
+    def average(self, decay: float) -> None:
+        average_weights(self._optimizer, decay)
+
     def moment(self, parameter: nn.Parameter, key: str) -> Tensor:
         return self._optimizer.state[parameter][key]
 
-    def reset_moments(self, step: int) -> None:
-        reset_moments(self._optimizer, self._trained(), step)
+    def reset_moments(self, step: int, averaged: bool) -> None:
+        reset_moments(self._optimizer, self._trained(), step, averaged)
 
     def set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         self._optimizer.state[parameter][key].copy_(value)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msclip.distributed import rank
+from msclip.ema import average_weights
 from msclip.errors import UserError
 from msclip.optim import OptimConfig, reset_moments
 from msclip.stepper import WholeParameters
@@ -158,18 +159,21 @@ class ZeroStepper(_DeepSpeedPasses):
     def written(self) -> None:
         self._zero.refresh_fp32_params()
 
+    def average(self, decay: float) -> None:
+        average_weights(self._zero.optimizer, decay)
+
     def moment(self, parameter: nn.Parameter, key: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         return safe_get_full_optimizer_state(parameter, key)
 
-    def reset_moments(self, step: int) -> None:
+    def reset_moments(self, step: int, averaged: bool) -> None:
         """Partitions' averages, and for stages 1 and 2 the parameters' views of them, which DeepSpeed makes once."""
         zero = self._zero
         if self._sharded:
-            reset_moments(zero.optimizer, zero.fp32_partitioned_groups_flat, step)
+            reset_moments(zero.optimizer, zero.fp32_partitioned_groups_flat, step, averaged)
         else:
-            reset_moments(zero.optimizer, zero.single_partition_of_fp32_groups, step)
+            reset_moments(zero.optimizer, zero.single_partition_of_fp32_groups, step, averaged)
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 

@@ -9,12 +9,12 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from msclip.checkpoint import finished
+from msclip.checkpoint import EMA, finished
 from msclip.errors import UserError
 from msclip.eval import Task, checkpoint_digest, evaluate_checkpoint, is_current, parse_tasks, task_digest
 from msclip.eval.results import metric_names, read_result, weights_of, write_result
@@ -35,6 +35,9 @@ class Evaluation:
     """Each zeroshot:DATA or retrieval:DATA (Parquet), or a YAML or JSON file of tasks."""
     checkpoints: str = "all"
     """all, last, every:N (each N-th finished one, counted back from the last) or steps such as 100,200."""
+    weights: Literal["auto", "model", "ema", "both"] = "auto"
+    """Which of a checkpoint's weights: `model`, the last step's; `ema`, their moving average, whose results are those of
+    `step_...-ema`; `both`; or `auto`, the average where there is one (optim.ema_decay), else the last step's."""
     output: str | None = None
     """Where results go; by default the folder `evaluation` of the run, or beside the exported file."""
     limit: int = 0
@@ -124,12 +127,14 @@ def measure(job: Evaluation) -> Callable[["Pair"], None]:
 
 
 def places(job: Evaluation) -> list[tuple[str, Folder]]:
-    """(checkpoint, folder of its results) of what `run` and `checkpoints` choose.
+    """(checkpoint, folder of its results) of what `run`, `checkpoints` and `weights` choose.
 
     Raises:
-        UserError: no such run, no finished checkpoint, or a step that is not among them.
+        UserError: no such run, no finished checkpoint, a step that is not among them, or no average where one is asked for.
     """
     if job.run.partition("?")[0].endswith(".safetensors"):
+        if job.weights != "auto":
+            raise UserError(f"weights chooses among those of a run's checkpoints, got {job.weights} and the one file {job.run}")
         folder, name = weights_of(job.run)
         output = Folder(job.output) if job.output else folder / "evaluation"
         return [((folder / name).url, output / name.removesuffix(".safetensors"))]
@@ -140,7 +145,23 @@ def places(job: Evaluation) -> list[tuple[str, Folder]]:
     if not found:
         raise UserError(f"run {job.run!r} has no finished checkpoint: no checkpoints/step_* in it holds the file COMPLETE")
     output = Folder(job.output) if job.output else run / "evaluation"
-    return [(checkpoint.url, output / checkpoint.name) for checkpoint in select(found, job.checkpoints)]
+    return [
+        (weights.url, output / f"{folder.name}{'-ema' * (weights != folder)}")
+        for folder in select(found, job.checkpoints)
+        for weights in weights_chosen(folder, job.weights)
+    ]
+
+
+def weights_chosen(checkpoint: Folder, choice: str) -> list[Folder]:
+    """What `--weights` means of a checkpoint: the folder for the last step's weights, the file inside for their average."""
+    average = checkpoint.exists(EMA)
+    if choice in ("ema", "both") and not average:
+        raise UserError(
+            f"weights {choice} needs a moving average, and {checkpoint.url} has no {EMA}: it was trained with optim.ema_decay "
+            "null. --weights auto measures the average where there is one, else the last step's weights"
+        )
+    wanted = choice if choice != "auto" else "ema" if average else "model"
+    return [*([checkpoint] if wanted != "ema" else []), *([checkpoint / EMA] if wanted != "model" else [])]
 
 
 def select(found: Sequence[Folder], choice: str) -> list[Folder]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import msclip
-from msclip.checkpoint import MODEL
+from msclip.checkpoint import EMA, MODEL
 from msclip.errors import UserError
 from msclip.eval.results import metric_names
 from msclip.eval.tasks import Task
@@ -112,8 +112,10 @@ def make_gallery(job: Report, run: RunRecord) -> tuple[Gallery | None, str]:
     newest = run.checkpoints[-1]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        loaded = msclip.load(f"{newest.url}/{MODEL}")
-        return report_gallery.fill(loaded, task, newest.name, job.queries, job.seed, device), ""
+        averaged = newest.exists(EMA)  # what evaluation measures, too
+        loaded = msclip.load((newest / (EMA if averaged else MODEL)).url)
+        title = f"{newest.name}-ema" if averaged else newest.name
+        return report_gallery.fill(loaded, task, title, job.queries, job.seed, device), ""
     except UserError as error:
         if job.data:
             raise

@@ -58,10 +58,11 @@ class RunRecord:
         return value
 
     def tasks(self) -> dict[str, list[dict[str, Any]]]:
-        """Results by task, each ascending in step."""
+        """Results by task, each ascending in step; those of averaged weights apart."""
         grouped: dict[str, list[dict[str, Any]]] = {}
         for result in self.results:
-            grouped.setdefault(result["dataset"], []).append(result)
+            averaged = result["weights"] == "ema"
+            grouped.setdefault(f"{result['dataset']} (EMA)" if averaged else result["dataset"], []).append(result)
         return grouped
 
 
@@ -113,13 +114,14 @@ def _results(run: Folder) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
         for file in (root / name).names("*.json"):
             try:
                 result = json.loads((root / name).read_text(file))
-                result["step"] = int(name.removeprefix("step_"))
+                step, _, weights = name.removeprefix("step_").partition("-")
+                result |= {"step": int(step), "weights": weights or "model"}
                 _ = result["dataset"], result["task"], result["metrics"].items()
             except (ValueError, KeyError, AttributeError, UnicodeDecodeError):
                 unreadable.append(f"{EVALUATION}/{name}/{file}")
             else:
                 results.append(result)
-    return tuple(sorted(results, key=lambda r: (r["task"], r["dataset"], r["step"]))), tuple(unreadable)
+    return tuple(sorted(results, key=lambda r: (r["task"], r["dataset"], r["weights"], r["step"]))), tuple(unreadable)
 
 
 def _quarantine(run: Folder, config: Mapping[str, Any]) -> tuple[BadRows, ...]:

@@ -34,7 +34,7 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
         check_same_data(prepared, state, newest)
     start_step = int(state["step"])
     # Before the engine: rank 0 alone meets a damaged file, and the others must hear of it outside any other exchange.
-    tensors = agree(lambda: checkpoint.load_optimizer(newest) if newest and run.rank == 0 else ({}, {}))
+    tensors = agree(lambda: read_tensors(newest, optim.ema_decay is not None) if newest and run.rank == 0 else ({}, {}, {}))
     # Reading starts at once, so that it is under way when the engine is ready.
     batches = read_batches(prepared, run, start_step, total_steps)
     torch.manual_seed(training.seed)
@@ -51,7 +51,7 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
         seed=training.seed,
     )
     if newest:
-        engine.load_full_state(tensors[0], tensors[1], step=start_step)
+        engine.load_full_state(tensors[0], tensors[1], start_step, tensors[2])
     tokenizer = Tokenizer.from_json(prepared.tokenizer)
     return {
         "run": run,
@@ -65,6 +65,11 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
         "accumulation_steps": optim.accumulation_steps,
         "max_bad_fraction": job.data.max_bad_fraction,
     }
+
+
+def read_tensors(newest: Folder, averaged: bool) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Model, optimiser and, if wanted and there, the moving average of the weights."""
+    return *checkpoint.load_optimizer(newest), checkpoint.load_average(newest) if averaged else {}
 
 
 def read_batches(prepared: Prepared, run: RayRun, start_step: int, total_steps: int) -> Batches:
@@ -114,7 +119,7 @@ def saver(prepared: Prepared, run: RayRun, engine: Any, tokenizer: Tokenizer) ->
     """Writes the checkpoint of a step; called by every worker, since the state is gathered from all."""
     job = prepared.job
 
-    def write(step: int, model_state: dict[str, Any], optimizer_state: dict[str, Any]) -> None:
+    def write(step: int, model_state: dict[str, Any], optimizer_state: dict[str, Any], average: dict[str, Any]) -> None:
         if run.rank:
             return
         if not run.folder.exists(CONFIG):
@@ -130,11 +135,12 @@ def saver(prepared: Prepared, run: RayRun, engine: Any, tokenizer: Tokenizer) ->
             "versions": versions(),
             "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
         }
-        checkpoint.save(run.folder, state, model_state, optimizer_state, job.model, tokenizer, prepared.preprocess)
+        checkpoint.save(run.folder, state, model_state, optimizer_state, job.model, tokenizer, prepared.preprocess, average)
         checkpoint.prune(run.folder, job.checkpoint.keep, job.checkpoint.keep_optimizer)
 
     def save(step: int) -> None:
         model_state, optimizer_state = engine.full_state()
-        agree(lambda: write(step, model_state, optimizer_state))
+        average = engine.averaged_state()
+        agree(lambda: write(step, model_state, optimizer_state, average))
 
     return save

@@ -60,10 +60,11 @@ def tiny_parts(seed: int = 0) -> tuple[Model, Tokenizer, Preprocess]:
     return model, tokenizer, Preprocess(image_size=model.config.image_size)
 
 
-def tiny_run(folder: Path, steps: Sequence[int]) -> Folder:
-    """A run with one finished checkpoint a step, each with its own weights."""
+def tiny_run(folder: Path, steps: Sequence[int], averaged: bool = False) -> Folder:
+    """A run with one finished checkpoint a step, each with its own weights, and an average that differs from them."""
     run = Folder(folder)
     for step in steps:
         model, tokenizer, preprocess = tiny_parts(step)
-        checkpoint.save(run, {"step": step}, model.state_dict(), {}, model.config, tokenizer, preprocess)
+        average = tiny_parts(step + 1000)[0].state_dict() if averaged else None
+        checkpoint.save(run, {"step": step}, model.state_dict(), {}, model.config, tokenizer, preprocess, average)
     return run

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from msclip.checkpoint import COMPLETE, MODEL, STATE, load
+from msclip.checkpoint import COMPLETE, EMA, MODEL, STATE, load
 from msclip.errors import UserError
 from msclip.eval import retrieval, zeroshot
 from msclip.eval.retrieval import CUTOFFS
@@ -113,10 +113,11 @@ def evaluate_checkpoint(
     evaluate = {"zeroshot": zeroshot.evaluate, "retrieval": retrieval.evaluate}[task.kind]
     measured, skipped = evaluate(loaded, task, device=device, batch_size=batch_size, threads=threads)
     step = re.fullmatch(r"step_(\d+)", folder.name)
+    of_run = {MODEL: f"{run_name(folder)}/{folder.name}", EMA: f"{run_name(folder)}/{folder.name}-ema"}
     return {
         "dataset": task.name,
         "model": next((preset for preset, config in PRESETS.items() if config == loaded.config), "custom"),
-        "pretrained": f"{folder.name}/{name}" if name != MODEL else f"{run_name(folder)}/{folder.name}",
+        "pretrained": of_run.get(name, f"{folder.name}/{name}"),
         "task": CLIP_BENCHMARK_TASKS[task.kind],
         "language": "en",
         "metrics": measured.pop("metrics"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.msclip.two_ranks import STEPS, tiny_engine, tiny_model, train
+from tests.msclip.two_ranks import FINETUNING, STEPS, tiny_engine, tiny_model, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,10 +25,23 @@ def one_process() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def two_ranks(one_process: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+def one_finetuning() -> dict[str, Any]:
+    """The same with layer-wise decay and an average of the weights, which is each state's third part."""
+    engine = tiny_engine(tiny_model(), **FINETUNING)
+    train(engine, STEPS // 2)
+    half = (*engine.full_state(), engine.averaged_state())
+    train(engine, STEPS // 2)
+    return {"half": half, "end": (*engine.full_state(), engine.averaged_state())}
+
+
+@pytest.fixture(scope="session")
+def two_ranks(
+    one_process: dict[str, Any], one_finetuning: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[Any, Any]]:
     """What each of two processes observed; see `two_ranks.py`."""
     folder = tmp_path_factory.mktemp("two_ranks")
     torch.save(one_process["half"], folder / "start.pt")
+    torch.save(one_finetuning["half"], folder / "finetuned.pt")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     processes = [
         subprocess.Popen(

@@ -65,6 +65,24 @@ def test_a_checkpoint_without_its_marker_does_not_count(tmp_path: Path, model: m
     assert checkpoint.newest(run) == first
 
 
+def test_an_average_is_a_second_export_that_pruning_keeps(tmp_path: Path, model: msclip.Model, tokenizer: Tokenizer) -> None:
+    run, preprocess = Folder(tmp_path), Preprocess(image_size=64)
+    average = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
+    for step in (1, 2):
+        folder = checkpoint.save(
+            run, {"step": step}, model.state_dict(), {}, model.config, tokenizer, preprocess, averaged_state=average
+        )
+    without = saved(run, 3, model, tokenizer)
+    checkpoint.prune(run, keep=None, keep_optimizer=1)
+    assert not folder.exists(checkpoint.OPTIMIZER)
+    loaded = msclip.load(tmp_path / "checkpoints" / folder.name / checkpoint.EMA)
+    assert (loaded.config, loaded.preprocess) == (model.config, preprocess)
+    assert all(torch.equal(value, average[name]) for name, value in loaded.model.state_dict().items())
+    assert torch.equal(msclip.load(folder.url).model.logit_scale, model.logit_scale)
+    assert checkpoint.load_average(folder).keys() == average.keys()
+    assert checkpoint.load_average(without) == {}
+
+
 def test_pruning_keeps_what_it_was_told_to(tmp_path: Path, model: msclip.Model, tokenizer: Tokenizer) -> None:
     run = Folder(tmp_path)
     for step in (1, 2, 3, 4):

@@ -102,8 +102,37 @@ def test_accumulating_ranks_keep_the_negatives_of_the_global_batch(
         torch.testing.assert_close(curve(observed["accumulated", stage]), curve(one_process["metrics"][:3]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_shared_parts_stay_one_object_once_in_the_optimiser_under_any_stage(
+    stage: int | None, two_ranks: list[dict[Any, Any]]
+) -> None:
+    for observed in two_ranks:
+        assert observed["finetuning", stage]["shares_at_first"]
+        assert observed["finetuning", stage]["shares_at_last"]
+
+
+def test_the_gradient_of_a_shared_weight_is_the_sum_of_both_modalities_under_any_stage(
+    two_ranks: list[dict[Any, Any]],
+) -> None:
+    model = tiny_model().train()
+    module = PixelModel(model, (0.5,) * 3, (0.25,) * 3, "fp32")
+    weights = {name: parameter for name, parameter in model.named_parameters() if ".shared.weight" in name}
+    parts = []
+    for kept in (0, 1):  # the loss through one modality's features alone
+        features = [x if i == kept else x.detach() for i, x in enumerate(module(*micro_batches(0)[0]))]
+        loss = contrastive_loss(features[0], features[1], features[2]).loss
+        parts.append(torch.autograd.grad(loss, list(weights.values())))
+    norm = train(tiny_engine(tiny_model()), 1)[0]["train/grad_norm"]
+    for stage in STAGES:
+        found = two_ranks[0]["finetuning", stage]["first"]
+        for name, of_images, of_texts in zip(weights, *parts, strict=True):
+            assert of_images.norm() > 1e-3 < of_texts.norm(), name
+            clipped = (of_images + of_texts) * min(1, 0.3 / norm)  # 0.3: clip_grad_norm
+            torch.testing.assert_close(found[f"exp_avg/{name}"] * 10, clipped, rtol=1e-4, atol=1e-5)
+
+
 def test_running_statistics_are_averaged_over_ranks_when_saved(two_ranks: list[dict[Any, Any]]) -> None:
-    (plain, *_), (sharded, own, saved) = (two_ranks[0]["batch_norm", stage] for stage in (None, 2))
+    (plain, *_), (sharded, own, saved, _) = (two_ranks[0]["batch_norm", stage] for stage in (None, 2))
     torch.testing.assert_close(curve(sharded), curve(plain), rtol=0, atol=1e-5)
     others = two_ranks[1]["batch_norm", 2][1]
     means = [name for name in own if name.endswith("running_mean")]

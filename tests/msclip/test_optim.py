@@ -74,7 +74,7 @@ def test_a_parameter_that_no_group_lists_is_an_error() -> None:
         parameter_groups(Forgetful(2, 2), OptimConfig())
 
 
-DECAYS: list[dict[str, Any]] = [{"layer_decay": 0.0}, {"layer_decay": 1.1}]
+DECAYS: list[dict[str, Any]] = [{"layer_decay": 0.0}, {"layer_decay": 1.1}, {"ema_decay": 0.0}, {"ema_decay": 1.0}]
 
 
 @pytest.mark.parametrize(

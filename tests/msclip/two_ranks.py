@@ -17,7 +17,7 @@ from msclip.distributed import all_gather_objects, first_ranks_object, gather_wi
 from msclip.engine import Engine, MicroBatch, create_engine, read_metrics
 from msclip.loss import contrastive_loss
 from msclip.optim import OptimConfig
-from msclip.sharing import Sharing
+from msclip.sharing import Paired, Sharing
 from msclip.tokens import pack
 
 ROWS = 8
@@ -25,6 +25,8 @@ STEPS = 6
 STAGES = (None, 0, 1, 2, 3)
 # 2.6: the first temperature is e, so the cap acts in every run. 0.3: most gradients are longer.
 OPTIM: dict[str, Any] = {"lr": 1e-3, "warmup_steps": 2, "clip_grad_norm": 0.3, "temperature_max": 2.6}
+# 0.3: the average's own warm-up ends within the run, at its fourth step.
+FINETUNING: dict[str, Any] = {"layer_decay": 0.5, "ema_decay": 0.3, "warmup_steps": 0}
 
 
 # Without BatchNorm a batch's loss does not depend on how it is spread over ranks.
@@ -134,21 +136,61 @@ def observe_stage(rank: int, stage: int | None, start: tuple[dict[str, Tensor], 
     return observed
 
 
+def optimised(engine: Engine) -> list[int]:
+    """The model's parameters in the optimiser's hands, by `id`; DeepSpeed keeps them in lists beside its flat partitions."""
+    stepper: Any = engine._stepper
+    zero = getattr(stepper, "_zero", None)
+    if zero is None:
+        lists = [group["params"] for group in stepper.param_groups]
+    else:
+        lists = zero.fp16_groups if stepper._sharded else zero.bit16_groups
+    return [id(parameter) for parameters in lists for parameter in parameters]
+
+
+def sharing_holds(engine: Engine) -> bool:
+    """Whether each part that both modalities use is one object, and each parameter once in the optimiser."""
+    pairs = [part for part in engine.model.modules() if isinstance(part, Paired) and part.is_shared]
+    one_object = all(part.part("image") is part.part("text") is part.shared for part in pairs)
+    return bool(pairs) and one_object and sorted(optimised(engine)) == sorted(id(p) for p in engine.model.parameters())
+
+
+def observe_finetuning(rank: int, stage: int | None, start: tuple[dict[str, Tensor], ...]) -> Mapping[str, Any]:
+    """A run with layer-wise decay and an average of the weights, and one that goes on from `start`, half of it."""
+    engine = tiny_engine(tiny_model(), stage, 2, **FINETUNING)
+    observed: dict[str, Any] = {"shares_at_first": sharing_holds(engine)}
+    train(engine, 1, rank, 2)
+    observed["first"] = engine.full_state()[1]
+    train(engine, STEPS // 2 - 1, rank, 2)
+    observed["half"] = (*engine.full_state(), engine.averaged_state())
+    train(engine, STEPS // 2, rank, 2)
+    observed["shares_at_last"] = sharing_holds(engine)
+    observed["end"] = (*engine.full_state(), engine.averaged_state())
+
+    engine = tiny_engine(tiny_model(seed=5 + rank), stage, 2, **FINETUNING)
+    model_state, optimizer_state, average = start if rank == 0 else ({}, {}, {})
+    engine.load_full_state(model_state, optimizer_state, STEPS // 2, average)
+    observed["loaded"] = engine.averaged_state()
+    train(engine, STEPS // 2, rank, 2)
+    observed["resumed"] = (*engine.full_state(), engine.averaged_state())
+    return observed
+
+
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    start = torch.load(folder / "start.pt")
+    start, finetuned = torch.load(folder / "start.pt"), torch.load(folder / "finetuned.pt")
     observed: dict[Any, Any] = {**observe_collectives(rank), **observe_loss(rank)}
     for stage in STAGES:
         observed["stage", stage] = observe_stage(rank, stage, start)
+        observed["finetuning", stage] = observe_finetuning(rank, stage, finetuned)
     for stage in (2, 3):
         engine = tiny_engine(tiny_model(), stage, 2, accumulation_steps=2)
         observed["accumulated", stage] = train(engine, 3, rank, 2, parts=2)
     for stage in (None, 2):
-        engine = tiny_engine(tiny_model(batch_norm=True), stage, 2)
+        engine = tiny_engine(tiny_model(batch_norm=True), stage, 2, ema_decay=0.5)
         metrics = train(engine, 2, rank, 2)
         own = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
-        observed["batch_norm", stage] = metrics, own, engine.full_state()[0]
+        observed["batch_norm", stage] = metrics, own, engine.full_state()[0], engine.averaged_state()
     torch.save(observed, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -3,6 +3,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -136,6 +137,38 @@ def test_checkpoints_are_chosen_in_the_order_of_their_steps(tmp_path: Path, choi
     assert evaluate.select(found, choice) == [found[step - 1] for step in steps]
 
 
+@pytest.mark.parametrize(
+    ("weights", "measured"),
+    [
+        ("auto", ["1", "2-ema"]),
+        ("model", ["1", "2"]),
+    ],
+)
+def test_the_average_is_measured_where_there_is_one(tmp_path: Path, weights: Any, measured: list[str]) -> None:
+    tiny_run(tmp_path, [1])
+    run = tiny_run(tmp_path, [2], averaged=True)
+    found = evaluate.places(evaluate.Evaluation(run=run.url, tasks=[], weights=weights))
+    assert [output.name for _, output in found] == [f"step_0000000{name}" for name in measured]
+    for checkpoint, output in found:
+        assert checkpoint.endswith("/ema.safetensors") == output.name.endswith("-ema")
+
+
+def test_results_of_both_kinds_of_weights_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run, data = tiny_run(tmp_path / "run", [1], averaged=True), labelled(tmp_path / "squares.parquet")
+    command = ["--run", run.url, "--tasks", f"zeroshot:{data}"]
+    assert evaluate.main(command) == 0
+    assert results(run).keys() == {"step_00000001-ema/squares.json"}
+    assert evaluate.main([*command, "--weights", "both"]) == 0
+    output = capsys.readouterr().out
+    assert "1 of 2 results are there already" in output
+    assert all(f"│ {name} " in output for name in ("step_00000001", "step_00000001-ema"))
+    measured = results(run)
+    model, average = measured["step_00000001/squares.json"], measured["step_00000001-ema/squares.json"]
+    assert model["digest"]["checkpoint"] != average["digest"]["checkpoint"]
+    assert (model["pretrained"], average["pretrained"]) == ("run/step_00000001", "run/step_00000001-ema")
+    assert model["step"] == average["step"] == 1
+
+
 @pytest.mark.parametrize("choice", ["first", "every:0", "every:x", "", "3,x"])
 def test_a_choice_of_checkpoints_that_is_none_says_what_would_do(tmp_path: Path, choice: str) -> None:
     with pytest.raises(UserError, match="all, last, every:N or steps"):
@@ -164,6 +197,12 @@ def test_mistakes_end_with_status_2_and_one_paragraph_before_anything_starts(
         (["--run", run.url, "--tasks", "zeroshot:/nowhere/a.parquet"], "'/nowhere/a.parquet' do not exist"),
         (["--run", run.url, "--tasks", good, "--checkpoints", "7"], "asks for step 7, and the finished checkpoints are 1, 2"),
         (["--run", run.url, "--tasks", good.replace("zeroshot", "retrieval")], "caption_column of task 'squares' must be"),
+        (
+            ["--run", run.url, "--tasks", good, "--weights", "ema"],
+            "no ema.safetensors: it was trained with optim.ema_decay",
+        ),
+        (["--run", f"{run.url}/m.safetensors", "--tasks", good, "--weights", "ema"], "got ema and the one file"),
+        (["--run", run.url, "--tasks", good, "--weights", "last"], "weights"),
         (["--run", run.url, "--tasks", "cifar10"], "--tasks must be zeroshot:DATA"),
         (["--run", run.url, "--tasks"], "names no task"),
         (["--run", run.url, "--tasks", good, "--num_gpus", "-1"], "num_gpus must be 0 or more, got -1"),

@@ -202,6 +202,23 @@ def test_a_run_with_one_record_and_gaps_still_gets_a_page(tmp_path: Path) -> Non
     assert Page(write_page(tmp_path / "first")).open == []
 
 
+def test_results_of_averaged_weights_have_a_chart_of_their_own(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", steps=(50,), averaged=True)
+    write_metrics(run)
+    task = Task(
+        name="val", kind="retrieval", data=str(captioned(tmp_path / "val.parquet", [[f"number {i}"] for i in range(4)]))
+    )
+    checkpoint = run / "checkpoints" / "step_00000050"
+    for suffix, weights in (("", checkpoint), ("-ema", checkpoint / "ema.safetensors")):
+        write_result(run / "evaluation" / (checkpoint.name + suffix), task, evaluate_checkpoint(weights, task))
+    page = write_page(tmp_path / "run")
+    assert "val (EMA)" in page
+    assert "step_00000050-ema" in page  # whose pictures the gallery shows
+    assert "not whole" not in page
+    assert read_run(run.url).unreadable == ()
+    assert list(read_run(run.url).tasks()) == ["val (EMA)", "val"]
+
+
 def test_an_unfinished_result_file_is_named_and_left_out(tmp_path: Path) -> None:
     run = Folder(tmp_path / "run")
     write_metrics(run)
