@@ -89,8 +89,8 @@ def load(
         tokenizer: what `Tokenizer.load` takes, or a tokenizer; instead of the file's own, and needed where it has none, as
             those of MS-CLIP, OpenAI and lone open_clip files do. A name is loaded with the model's context length, and for
             MS-CLIP with its way of cutting captions that are too long.
-        overrides: fields of `ModelConfig` that another program's file does not tell, such as `activation="quick_gelu"` for
-            the open_clip models of that name.
+        overrides: fields of `ModelConfig` that another program's file does not tell, such as `activation="quick_gelu"` of
+            open_clip's and OpenAI's models saved as nothing but a state dict.
 
     Raises:
         UserError: there is no such file, it is damaged, of an unknown kind, or lacks a tokenizer.

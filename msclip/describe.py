@@ -6,9 +6,10 @@ activations are the tensors that autograd keeps. Both come from the model's own 
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,11 +154,11 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _config(name: str) -> ModelConfig:
+def _config(name: str, overrides: Mapping[str, Any]) -> ModelConfig:
     if name in list_models():
-        return preset(name)
+        return preset(name, **overrides)
     if "://" in name or Path(name).exists():
-        return read(name).model.config
+        return read(name, overrides).model.config
     raise UserError(f"{name!r} is neither a file or folder nor a model's name; names are {', '.join(list_models())}")
 
 
@@ -165,11 +166,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m msclip.describe", description="What a model costs, as a table.")
     parser.add_argument("model", metavar="NAME|PATH", help="a model's name, or a file, folder or URL in any layout")
     parser.add_argument("--batch", type=int, default=256, help="images, and as many captions, on one device (default: 256)")
+    parser.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of a lone file that does not tell it")
     arguments = parser.parse_args(argv)
+    overrides = {"activation": arguments.activation} if arguments.activation else {}
     try:
         if arguments.batch < 1:
             raise UserError(f"--batch must be at least 1, got {arguments.batch}")
-        print(table(arguments.model, measure(_config(arguments.model), arguments.batch), arguments.batch))
+        print(table(arguments.model, measure(_config(arguments.model, overrides), arguments.batch), arguments.batch))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="tokenizer.json or merges, instead of the input's own or for want of it"
     )
-    parser.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of a lone open_clip file, which does not tell it")
+    parser.add_argument("--activation", choices=("quick_gelu", "gelu"), help="of a lone file that does not tell it")
     arguments = parser.parse_args(argv)
     try:
         overrides = {"activation": arguments.activation} if arguments.activation else {}

@@ -1,8 +1,8 @@
 """open_clip's layouts: OpenAI's names, with the text tower's under `text.` in its custom-text models.
 
 A folder has `open_clip_config.json` beside the tensors and says everything. A lone file says neither the activation nor the
-heads: then GELU and 64 channels a head are taken, as open_clip itself does; its models named `quickgelu` need
-`activation="quick_gelu"` said.
+heads. 64 channels a head are taken, as open_clip itself does; the activation has to be said, because the very same names and
+shapes have GELU (most of open_clip's models) and QuickGELU (those named `quickgelu`, and OpenAI's saved in full precision).
 """
 
 from collections.abc import Mapping
@@ -60,10 +60,10 @@ def read(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, overri
     """The model of such tensors.
 
     Args:
-        config: the content of `open_clip_config.json`, where there is one.
+        config: the content of `open_clip_config.json`, where there is one; without it `overrides` must have `activation`.
 
     Raises:
-        UserError: the configuration names what this library's towers do not do.
+        UserError: the configuration names what this library's towers do not do, or nothing tells the activation.
     """
     state = {name.removeprefix("text."): tensor for name, tensor in tensors.items() if not name.endswith("attn_mask")}
     try:
@@ -71,6 +71,12 @@ def read(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, overri
         preprocess = _preprocess((config or {}).get("preprocess_cfg", {}))
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"its {CONFIG} is not open_clip's: {error!r}") from None
+    if config is None and "activation" not in overrides:
+        raise UserError(
+            "nothing in it tells its activation, and with the wrong one all features would be wrong. OpenAI's models and those "
+            "that open_clip names quickgelu have quick_gelu, open_clip's others gelu: say which to msclip.load, as "
+            'activation="quick_gelu", or to the commands, as --activation quick_gelu'
+        )
     model = from_plain(state, config or {}, {**settings, **FRESH, **overrides})
     return Weights("open_clip", model, Preprocess(model.config.image_size, *preprocess), None)
 
@@ -79,7 +85,7 @@ def _settings(inferred: ModelConfig, config: Mapping[str, Any] | None) -> dict[s
     channels = inferred.width * (32 if inferred.image_tower == "modified_resnet" else 1)
     if config is None:
         heads = max(1, channels // HEAD_WIDTHS.get(inferred.width, 64))
-        return {"num_heads": heads, "norm_eps": 1e-5, "activation": "gelu"}
+        return {"num_heads": heads, "norm_eps": 1e-5}
     model = config["model_cfg"]
     vision, text = model["vision_cfg"], model["text_cfg"]
     for known, part, name in ((MODEL, model, "model_cfg"), (VISION, vision, "vision_cfg"), (TEXT, text, "text_cfg")):

@@ -1,7 +1,7 @@
 """Which of the known layouts a file or folder has, by its contents; its name and ending say nothing.
 
-A lone state dict of two plain towers is OpenAI's where it has OpenAI's marks, MS-CLIP's where towers share, and open_clip's
-otherwise.
+A lone state dict of two plain towers is OpenAI's where it has OpenAI's marks, MS-CLIP's where towers share, and taken for
+open_clip's otherwise: then its activation has to be said.
 """
 
 import json
@@ -44,6 +44,8 @@ def read(path: Path, overrides: Mapping[str, Any]) -> Weights:
     try:
         if path.is_dir():
             return _read_folder(path, overrides)
+        if path.name in open_clip.WEIGHTS and (path.parent / open_clip.CONFIG).is_file():
+            return _read_folder(path.parent, overrides)
         archive = read_archive(path)
         if huggingface.recognise(archive.tensors):
             return _read_huggingface(path.parent, archive, overrides)

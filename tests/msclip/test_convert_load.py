@@ -80,7 +80,7 @@ def test_half_precision_in_matrices_alone_is_a_mark_of_openai(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pickle", "legacy pickle", "training checkpoint", "custom text"])
-def test_a_lone_file_of_open_clip_has_gelu_unless_told_otherwise(tmp_path: Path, kind: str) -> None:
+def test_a_lone_file_of_two_plain_towers_has_to_be_told_its_activation(tmp_path: Path, kind: str) -> None:
     model, file = tiny(activation="gelu"), tmp_path / "x"
     state = state_of(model)
     if kind == "safetensors":
@@ -97,7 +97,9 @@ def test_a_lone_file_of_open_clip_has_gelu_unless_told_otherwise(tmp_path: Path,
         torch.save({**state, "text.attn_mask": torch.zeros(16, 16)}, file)
     else:
         torch.save(state, file)
-    found = read(file)
+    with pytest.raises(msclip.UserError, match=r'x: nothing in it tells its activation.*activation="quick_gelu"'):
+        read(file)
+    found = read(file, {"activation": "gelu"})
     assert found.layout == "open_clip"
     assert equal(model, found.model)
     assert found.model.config == model.config.from_dict(
@@ -106,9 +108,17 @@ def test_a_lone_file_of_open_clip_has_gelu_unless_told_otherwise(tmp_path: Path,
     assert msclip.load(file, tokenizer=tokenizer(), activation="quick_gelu").config.activation == "quick_gelu"
 
 
+def test_the_weights_of_an_open_clip_folder_are_read_with_the_configuration_beside_them(tmp_path: Path) -> None:
+    model = tiny(sharing=Sharing(), activation="gelu", norm_eps=1e-6)  # alone it would be taken for official MS-CLIP
+    write(weights(model), tmp_path / "there", "open_clip")
+    found = read(tmp_path / "there" / "open_clip_model.safetensors")
+    assert found.layout == "open_clip"
+    assert (found.model.config.activation, found.model.config.norm_eps) == ("gelu", 1e-6)
+
+
 def test_heads_of_vit_h_are_eighty_channels_wide(tmp_path: Path) -> None:
     save_file(state_of(tiny(width=1280, layers=1, num_heads=16)), tmp_path / "x")
-    assert read(tmp_path / "x").model.config.num_heads == 16
+    assert read(tmp_path / "x", {"activation": "gelu"}).model.config.num_heads == 16
 
 
 def test_two_towers_that_share_are_ms_clip_with_its_own_preprocessing_and_truncation(tmp_path: Path) -> None:
@@ -228,10 +238,10 @@ def test_a_setting_of_open_clip_that_would_change_the_result_is_refused(tmp_path
 def test_a_file_without_a_tokenizer_asks_for_one_and_checks_that_it_fits(tmp_path: Path) -> None:
     save_file(state_of(tiny()), tmp_path / "x")
     with pytest.raises(msclip.UserError, match="tokenizer="):
-        msclip.load(tmp_path / "x")
+        msclip.load(tmp_path / "x", activation="gelu")
     save_file(state_of(tiny(vocab_size=300)), tmp_path / "y")
     with pytest.raises(msclip.UserError, match="300 tokens"):
-        msclip.load(tmp_path / "y", tokenizer=tokenizer())
+        msclip.load(tmp_path / "y", tokenizer=tokenizer(), activation="gelu")
 
 
 def test_an_export_takes_no_settings_from_outside(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 import msclip
 from msclip import describe
 from msclip.config import ParallelFFN
+from msclip.convert.ms_clip import to_state_dict
 from msclip.convert.weights import CLIP_MEAN, CLIP_STD, Weights
 from msclip.convert.write import write
 from msclip.data.images import Preprocess
@@ -79,6 +80,14 @@ def test_a_file_of_any_layout_can_be_described(tmp_path: Path, capsys: pytest.Ca
     shown = capsys.readouterr().out
     assert f"{sum(p.numel() for p in model.parameters()):,}" in shown
     assert "batch 4" in shown
+
+
+def test_the_activation_of_a_lone_file_can_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(to_state_dict(tiny()), tmp_path / "x.pt")
+    assert describe.main([str(tmp_path / "x.pt"), "--activation", "gelu"]) == 0
+    assert "gelu, LayerNorm" in capsys.readouterr().out
+    assert describe.main([str(tmp_path / "x.pt")]) == 2
+    assert "--activation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["no_such_model"], ["ms_clip_s_tiny", "--batch", "0"]])
