@@ -1,16 +1,14 @@
 """What a model is, as a value: sizes, towers, and how much the two sides share.
 
-Every combination that cannot be built is refused here, by the names a user wrote.
+Every combination that cannot be built is refused, by the names a user wrote; see `config_checks.py`.
 """
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from msclip.config_checks import check
 from msclip.errors import UserError
 from msclip.sharing import Modality, Sharing, chosen_layers
-
-RESNET_REDUCTION = 32  # input pixels a cell of a ResNet's last map
 
 
 @dataclass(frozen=True)
@@ -109,139 +107,7 @@ class ModelConfig:
     """Standard deviation of fresh token embeddings: 1.0 in MS-CLIP, 0.02 in CLIP."""
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "width", "text_width", "embed_dim", "vocab_size", "context_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout must be from 0 to below 1, got {self.dropout}")
-        if not 0 < self.norm_eps < math.inf or not 0 <= self.token_std < math.inf:
-            raise UserError(
-                f"model.norm_eps must be positive and model.token_std not negative, got {self.norm_eps} and {self.token_std}"
-            )
-        if not math.isfinite(self.logit_scale_init):
-            raise UserError(f"model.logit_scale_init must be finite, got {self.logit_scale_init}")
-        if self.image_size % self.patch_size:
-            raise UserError(
-                f"model.image_size must be a multiple of model.patch_size, got {self.image_size} and {self.patch_size}"
-            )
-        self._check_towers()
-        self._check_specialisation()
-        self._check_sharing()
-        self._check_parallel()
-        self._check_finetuning()
-        if self.text_tower == "transformer" and self.text_pool == "cls" and self.causal:
-            raise UserError(
-                "model.text_pool cls needs model.causal false: under the causal mask the first token sees nothing but itself"
-            )
-        if self.text_tower == "cbow" and (self.text_pool != "end" or not self.causal):
-            raise UserError("model.text_pool and model.causal are settings of model.text_tower transformer, got cbow")
-
-    def _check_towers(self) -> None:
-        resnet, cbow = self.image_tower == "modified_resnet", self.text_tower == "cbow"
-        if resnet != (len(self.resnet_blocks) == 4) or resnet != bool(self.resnet_blocks) or min((1, *self.resnet_blocks)) < 1:
-            raise UserError(
-                "model.resnet_blocks must be four positive numbers for model.image_tower modified_resnet and empty for vit, "
-                f"got {list(self.resnet_blocks)} for {self.image_tower}"
-            )
-        if resnet and (self.layers or self.patch_size != RESNET_REDUCTION or self.stem or self.branch_layers):
-            raise UserError(
-                "model.image_tower modified_resnet needs model.layers 0, patch_size 32, stem false and branch_layers [], got "
-                f"{self.layers}, {self.patch_size}, {self.stem} and {list(self.branch_layers)}"
-            )
-        if cbow and (self.text_layers or self.text_heads):
-            raise UserError(
-                "model.text_tower cbow needs model.text_layers 0 and model.text_heads 0, got "
-                f"{self.text_layers} and {self.text_heads}"
-            )
-        if self.cbow_ends and not cbow:
-            raise UserError("model.cbow_ends is a setting of model.text_tower cbow, got transformer")
-        pooled = self.width * RESNET_REDUCTION if resnet else self.width
-        for width, heads, name in ((pooled, self.num_heads, "num_heads"), (self.text_width, self.text_heads, "text_heads")):
-            if not (cbow and name == "text_heads") and (heads < 1 or width % heads):
-                raise UserError(f"model.{name} must divide its encoder's width {width}, got {heads}")
-
-    def _check_specialisation(self) -> None:
-        if (self.stem or self.branch_layers) and (self.patch_size not in (4, 8, 16, 32) or self.width % 32):
-            raise UserError(
-                "model.stem and model.branch_layers need model.patch_size 4, 8, 16 or 32 and a model.width that is a "
-                f"multiple of 32, got {self.patch_size} and {self.width}"
-            )
-        first = 1 if self.stem else 0
-        ordered = list(self.branch_layers) == sorted(set(self.branch_layers))
-        inside = all(first <= i < self.layers for i in self.branch_layers)
-        if self.branch_layers and not (len(self.branch_layers) == 5 and ordered and inside):
-            raise UserError(
-                f"model.branch_layers must be five ascending layers between {first} and {self.layers - 1}, "
-                f"got {list(self.branch_layers)}"
-            )
-
-    def _check_sharing(self) -> None:
-        if not self.sharing.anything:
-            return
-        if self.image_tower != "vit" or self.text_tower != "transformer":
-            raise UserError(
-                "model.sharing needs two transformers, got model.image_tower "
-                f"{self.image_tower} and model.text_tower {self.text_tower}; set model.sharing.layers none"
-            )
-        if self.width != self.text_width:
-            raise UserError(
-                f"model.sharing needs equal widths, got model.width {self.width} and model.text_width {self.text_width}; "
-                "set model.sharing.layers none or make them equal"
-            )
-        if self.num_heads != self.text_heads:
-            raise UserError(
-                f"model.sharing needs equal heads, got model.num_heads {self.num_heads} and model.text_heads {self.text_heads}"
-            )
-        shared = self.shared_layers
-        if self.stem and 0 in shared:
-            raise UserError(
-                "model.sharing.layers must leave out layer 0, which model.stem makes the image's own; "
-                f"last:{self.layers - 1} does, got {self.sharing.layers!r}"
-            )
-        if shared and max(shared) >= min(self.layers, self.text_layers):
-            raise UserError(
-                f"model.sharing.layers must exist in both encoders, which have {self.layers} and {self.text_layers} "
-                f"layers, got {self.sharing.layers!r}"
-            )
-
-    def _check_parallel(self) -> None:
-        for name, setting in (("parallel_ffn", self.parallel_ffn), ("parallel_attention", self.parallel_attention)):
-            if setting.placement == "none":
-                continue
-            name = f"model.{name}"
-            heads = setting.num_heads if isinstance(setting, ParallelAttention) else 1
-            if setting.hidden < 1 or heads < 1 or setting.hidden % heads:
-                raise UserError(
-                    f"{name}.hidden must be positive and a multiple of its positive number of heads, "
-                    f"got {setting.hidden} and {heads}"
-                )
-            if not setting.modalities or not set(setting.modalities) <= set(self.transformers):
-                raise UserError(
-                    f"{name}.modalities must be some of those with a transformer, {list(self.transformers)}, "
-                    f"got {list(setting.modalities)}"
-                )
-            if setting.placement == "pooled":
-                if setting.layers != "shared":
-                    raise UserError(f"{name}.layers has no meaning with {name}.placement pooled, got {setting.layers!r}")
-                continue
-            present = {modality for layer in self.layers_beside(setting) for modality in self.modalities_at(layer)}
-            if lacking := set(setting.modalities) - present:
-                raise UserError(
-                    f"{name}.layers {setting.layers!r} holds no layer of the {' and '.join(sorted(lacking))} encoder; "
-                    "name some, such as all"
-                )
-
-    def _check_finetuning(self) -> None:
-        if not 0 <= self.patch_dropout < 1:
-            raise UserError(f"model.patch_dropout must be at least 0 and below 1, got {self.patch_dropout}")
-        if self.patch_dropout and (self.branch_layers or self.image_tower != "vit"):
-            raise UserError(
-                "model.patch_dropout needs model.image_tower vit and model.branch_layers [], got "
-                f"{self.image_tower} and {list(self.branch_layers)}"
-            )
-        if self.checkpoint_blocks and not self.depth:
-            raise UserError("model.checkpoint_blocks needs a transformer, got a ResNet and a bag of words")
-        _ = self.freezes
+        check(self)
 
     @property
     def freezes(self) -> dict[Modality, int | None]:

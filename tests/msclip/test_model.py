@@ -207,6 +207,7 @@ def test_configs_survive_plain_values(name: str) -> None:
         ({"branch_layers": (0, 2, 4, 6, 8)}, "branch_layers"),
         ({"patch_size": 14}, "patch_size"),
         ({"depth": 3}, "depth"),
+        ({"activation": "relu"}, "model.activation must be quick_gelu or gelu"),
     ],
 )
 def test_a_contradiction_is_refused_by_name(overrides: dict[str, Any], words: str) -> None:
