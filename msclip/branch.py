@@ -1,7 +1,8 @@
 """The efficient parallel branch (arXiv 2207.12661): a five-stage CNN beside the image encoder, fused into it by adapters.
 
 Two things surprise: the branch starts from the raw image, not from a stem feature; and an adapter *replaces* the grid tokens
-(a depth-wise convolution of them plus the branch's map, then a LayerNorm), with no identity path around it.
+(a depth-wise convolution of them plus the branch's map, then a LayerNorm), with no identity path around it. The branch's map
+is normalised before its point-wise convolution, or after it for weights of one's own.
 """
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from msclip.config import AdapterNorm
 from msclip.stem import conv, strides
 
 BOTTLENECK_BN_EPS = 1e-6  # the official bottlenecks differ here from every other BatchNorm of the model (1e-5)
@@ -65,10 +67,11 @@ class PatchSum(nn.Conv2d):
 class Adapter(nn.Module):
     """Brings one stage of the branch to the token grid and mixes it with the tokens there."""
 
-    def __init__(self, channels: int, width: int, kernel_size: int, norm_eps: float):
+    def __init__(self, channels: int, width: int, kernel_size: int, norm_eps: float, bn: AdapterNorm):
         super().__init__()
+        self.bn_first = bn == "after_dw"
         self.branch_conv = PatchSum(channels, kernel_size)
-        self.branch_bn = nn.BatchNorm2d(channels)
+        self.branch_bn = nn.BatchNorm2d(channels if self.bn_first else width)
         self.branch_proj = conv(channels, width, 1)
         self.grid_conv = conv(width, width, 3, groups=width)
         self.grid_bn = nn.BatchNorm2d(width)
@@ -79,7 +82,10 @@ class Adapter(nn.Module):
     ) -> Float[Tensor, "images grid width"]:
         side = round((tokens.shape[1] - 1) ** 0.5)
         grid = tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side))
-        fused = self.grid_bn(self.grid_conv(grid)) + self.branch_proj(self.branch_bn(self.branch_conv(feature)))
+        mixing = (self.branch_bn, self.branch_proj) if self.bn_first else (self.branch_proj, self.branch_bn)
+        for part in (self.branch_conv, *mixing):
+            feature = part(feature)
+        fused = self.grid_bn(self.grid_conv(grid)) + feature
         # The official code doubles the class token first; the LayerNorm cancels that factor.
         return self.norm(torch.cat([tokens[:, :1], fused.flatten(2).transpose(1, 2)], dim=1))
 
@@ -87,7 +93,7 @@ class Adapter(nn.Module):
 class ParallelBranch(nn.Module):
     """Five maps of the raw image, finest first, each with the adapter that feeds it to the encoder."""
 
-    def __init__(self, width: int, patch_size: int, norm_eps: float):
+    def __init__(self, width: int, patch_size: int, norm_eps: float, adapter_bn: AdapterNorm):
         super().__init__()
         channels = [width // 16 * 2**i for i in range(5)]
         steps = strides(patch_size, 5)
@@ -95,7 +101,7 @@ class ParallelBranch(nn.Module):
         self.stages = nn.ModuleList([ConvStage(channels[0], steps[0]), *(Bottleneck(a, b, s) for a, b, s in later)])
         reduction = [2 ** sum(s == 2 for s in steps[: i + 1]) for i in range(5)]
         self.adapters = nn.ModuleList(
-            Adapter(c, width, patch_size // r, norm_eps) for c, r in zip(channels, reduction, strict=True)
+            Adapter(c, width, patch_size // r, norm_eps, adapter_bn) for c, r in zip(channels, reduction, strict=True)
         )
 
     def forward(self, images: Float[Tensor, "images 3 size size"]) -> list[Tensor]:

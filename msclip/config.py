@@ -10,6 +10,8 @@ from msclip.config_checks import check
 from msclip.errors import UserError
 from msclip.sharing import Modality, Sharing, chosen_layers
 
+AdapterNorm = Literal["after_dw", "after_pw"]
+
 
 @dataclass(frozen=True)
 class ParallelFFN:
@@ -72,6 +74,9 @@ class ModelConfig:
     """Early specialisation: a residual CNN instead of patch embedding and image layer 0."""
     branch_layers: tuple[int, ...] = (2, 4, 6, 8, 10)
     """The five layers before which the parallel branch is fused in, ascending; empty for no branch."""
+    adapter_bn: AdapterNorm = "after_dw"
+    """Where an adapter of the branch normalises the branch's map: after its depth-wise convolution, as in the released
+    models, or after the point-wise one, as the method is also written down."""
     sharing: Sharing = field(default_factory=lambda: Sharing(layers="last:11"))
     """Which parts serve both modalities."""
     parallel_ffn: ParallelFFN = field(default_factory=ParallelFFN)

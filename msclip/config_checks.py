@@ -80,6 +80,8 @@ def _check_specialisation(config: "ModelConfig") -> None:
             "model.stem and model.branch_layers need model.patch_size 4, 8, 16 or 32 and a model.width that is a "
             f"multiple of 32, got {config.patch_size} and {config.width}"
         )
+    if config.adapter_bn != "after_dw" and not config.branch_layers:
+        raise UserError("model.adapter_bn is a setting of the parallel branch, got after_pw with model.branch_layers []")
     first = 1 if config.stem else 0
     ordered = list(config.branch_layers) == sorted(set(config.branch_layers))
     inside = all(first <= i < config.layers for i in config.branch_layers)

@@ -90,7 +90,9 @@ class Model(nn.Module):
                 config.vocab_size, config.text_width, config.embed_dim, config.norm_eps, config.token_std, config.cbow_ends
             )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
-        self.branch = ParallelBranch(config.width, config.patch_size, config.norm_eps) if config.branch_layers else None
+        self.branch = None
+        if config.branch_layers:
+            self.branch = ParallelBranch(config.width, config.patch_size, config.norm_eps, config.adapter_bn)
         self.pooled, self.dropout = beside(config, "pooled"), nn.Dropout(config.dropout)
         widths, sharing, modalities = config.widths, config.sharing, config.transformers
         self.final_norm = Paired(lambda m: nn.LayerNorm(widths[m], eps=config.norm_eps), sharing.final_norm, modalities)

@@ -60,3 +60,10 @@ def test_a_shipped_configuration_describes_a_training_job(path: Path) -> None:
     job = cli.parse(TrainJob, ["--config", path.stem])
     assert isinstance(job, TrainJob)
     assert msclip.build(job.model, device="meta").config == job.model
+
+
+def test_the_order_in_the_adapters_is_chosen_on_the_command_line() -> None:
+    model = msclip.build(
+        cli.parse(TrainJob, ["--config", "ms_clip_s_b32", "--model.adapter_bn", "after_pw"]).model, device="meta"
+    )
+    assert model.get_submodule("branch.adapters.0.branch_bn").weight.shape == (768,)

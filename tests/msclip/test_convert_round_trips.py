@@ -33,6 +33,7 @@ KEYS = {
     "clip_rn50x64": 1353,
 }
 PARTLY = Sharing(layers="last:2", ln2=True, out_proj=True)
+BRANCHED: dict[str, Any] = {"layers": 6, "branch_layers": (1, 2, 3, 4, 5), "norm_eps": 1e-12, "sharing": Sharing("1,2")}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gelu": {"activation": "gelu"},
@@ -152,6 +153,7 @@ def test_settings_that_change_no_embedding_do_not_stand_in_the_way(tmp_path: Pat
         ({"text_tower": "cbow", "text_layers": 0, "text_heads": 0}, "ms_clip", "text_tower cbow"),
         (RESNET, "ms_clip", "neither"),
         ({"sharing": Sharing(), "parallel_ffn": ParallelFFN("after")}, "huggingface", "parallel_ffn"),
+        ({**BRANCHED, "adapter_bn": "after_pw"}, "ms_clip", "adapter_bn after_pw"),
         ({"causal": False}, "open_clip", "causal False"),
     ],
 )

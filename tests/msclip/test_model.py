@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import msclip
+from msclip.branch import Adapter
 from msclip.config import ModelConfig
 from msclip.presets import PRESETS
 from msclip.sharing import Paired, Sharing
@@ -35,6 +36,7 @@ SIZES = {
 SMALL: dict[str, dict[str, Any]] = {
     "ms_clip_s": {},
     "patch_16": {"patch_size": 16},
+    "other_adapters": {"adapter_bn": "after_pw"},
     "no_stem": {"stem": False},
     "no_branch": {"branch_layers": ()},
     "ms_clip": {"stem": False, "branch_layers": (), "sharing": Sharing(layers="all")},
@@ -60,6 +62,38 @@ def test_the_spectrum_of_sharing_has_its_exact_numbers_of_parameters(name: str) 
     for size, expected in zip((32, 16), SIZES[name], strict=True):
         model = msclip.create_model(f"{name}_b{size}", device="meta")
         assert sum(p.numel() for p in model.parameters()) == expected
+
+
+@pytest.mark.parametrize(("adapter_bn", "sizes"), [("after_dw", (1_219_488, 1_202_208)), ("after_pw", (1_224_192, 1_206_912))])
+def test_adapters_of_either_order_have_their_exact_numbers_of_parameters(adapter_bn: str, sizes: tuple[int, int]) -> None:
+    for name, adapters in zip(("ms_clip_s_b32", "ms_clip_s_b16"), sizes, strict=True):
+        model = msclip.create_model(name, device="meta", adapter_bn=adapter_bn)
+        assert model.branch is not None
+        assert sum(p.numel() for p in model.branch.adapters.parameters()) == adapters
+        rest = sum(p.numel() for p in model.parameters()) - adapters
+        assert rest == {"ms_clip_s_b32": 132_408_001 - 1_219_488, "ms_clip_s_b16": 132_503_617 - 1_202_208}[name]
+
+
+@pytest.mark.parametrize("adapter_bn", ["after_dw", "after_pw"])
+def test_an_adapter_normalises_where_it_is_told_to(adapter_bn: Any) -> None:
+    torch.manual_seed(0)
+    adapter = Adapter(channels=4, width=6, kernel_size=2, norm_eps=1e-12, bn=adapter_bn).train()
+    tokens, feature = torch.randn(3, 5, 6), torch.randn(3, 4, 4, 4)
+    fused = adapter(tokens, feature)
+
+    def normalised(x: torch.Tensor) -> torch.Tensor:
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
+        return (x - mean) / (var + 1e-5).sqrt()
+
+    grid = tokens[:, 1:].transpose(1, 2).reshape(3, 6, 2, 2)
+    grid = normalised(torch.nn.functional.conv2d(grid, adapter.grid_conv.weight, padding=1, groups=6))
+    patches = torch.nn.functional.conv2d(feature, adapter.branch_conv.weight, stride=2, groups=4)
+    if adapter_bn == "after_dw":
+        feature = torch.nn.functional.conv2d(normalised(patches), adapter.branch_proj.weight)
+    else:
+        feature = normalised(torch.nn.functional.conv2d(patches, adapter.branch_proj.weight))
+    rows = torch.cat([tokens[:, :1], (grid + feature).flatten(2).transpose(1, 2)], dim=1)
+    torch.testing.assert_close(fused, torch.nn.functional.layer_norm(rows, (6,), eps=1e-12), rtol=0, atol=1e-5)
 
 
 def test_what_clip_shares_in_the_spectrum_is_nothing_and_what_ms_clip_shares_is_85_million() -> None:
@@ -207,6 +241,7 @@ def test_configs_survive_plain_values(name: str) -> None:
         ({"branch_layers": (0, 2, 4, 6, 8)}, "branch_layers"),
         ({"patch_size": 14}, "patch_size"),
         ({"depth": 3}, "depth"),
+        ({"adapter_bn": "after_pw", "branch_layers": ()}, "adapter_bn is a setting of the parallel branch"),
         ({"activation": "relu"}, "model.activation must be quick_gelu or gelu"),
     ],
 )
