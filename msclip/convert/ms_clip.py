@@ -117,49 +117,50 @@ def infer_config(state_dict: Mapping[str, Tensor]) -> ModelConfig:
 
 def _inferred(state: Mapping[str, Tensor]) -> ModelConfig:
     vocab_size, text_width = state["token_embedding.weight"].shape
-    embed_dim = state["text_projection"].shape[1]
-    text_heads, text_layers = max(1, text_width // 64), _depth(state, "")
-    if "visual.attnpool.positional_embedding" in state:
-        positions, channels = state["visual.attnpool.positional_embedding"].shape
-        return ModelConfig(
-            image_tower="modified_resnet",
-            image_size=_grid(positions) * 32,
-            resnet_blocks=tuple(1 + max(_indices(state, f"visual.layer{stage}.")) for stage in (1, 2, 3, 4)),
-            width=channels // 32,
-            layers=0,
-            num_heads=max(1, channels // 64),
-            text_width=text_width,
-            text_layers=text_layers,
-            text_heads=text_heads,
-            embed_dim=embed_dim,
-            vocab_size=vocab_size,
-            context_length=len(state["positional_embedding"]),
-            stem=False,
-            branch_layers=(),
-            sharing=SEPARATE,
-        )
+    resnet = "visual.attnpool.positional_embedding" in state
+    return ModelConfig(
+        **(_resnet(state) if resnet else _transformer(state)),
+        text_width=text_width,
+        text_layers=_depth(state, ""),
+        text_heads=max(1, text_width // 64),
+        embed_dim=state["text_projection"].shape[1],
+        vocab_size=vocab_size,
+        context_length=len(state["positional_embedding"]),
+    )
+
+
+def _resnet(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    positions, channels = state["visual.attnpool.positional_embedding"].shape
+    return {
+        "image_tower": "modified_resnet",
+        "image_size": _grid(positions) * 32,
+        "resnet_blocks": tuple(1 + max(_indices(state, f"visual.layer{stage}.")) for stage in (1, 2, 3, 4)),
+        "width": channels // 32,
+        "layers": 0,
+        "num_heads": max(1, channels // 64),
+        "stem": False,
+        "branch_layers": (),
+        "sharing": SEPARATE,
+    }
+
+
+def _transformer(state: Mapping[str, Tensor]) -> dict[str, Any]:
     positions, width = state["visual.positional_embedding"].shape
     stem = "visual.transformer.resblocks.0.conv1.weight" in state
     branch = state.get("visual.transformer.parallel_lateral_adapter.0.top2bottom_dw_conv.conv.weight")
     kernel = 16 if branch is None else branch.shape[-1]  # of the finest adapter: one patch, at half resolution
     patch_size = 2 * kernel if stem else state["visual.conv1.weight"].shape[-1]
     layers = _depth(state, "visual.")
-    return ModelConfig(
-        image_size=_grid(positions) * patch_size,
-        patch_size=patch_size,
-        width=width,
-        layers=layers,
-        num_heads=max(1, width // 64),
-        text_width=text_width,
-        text_layers=text_layers,
-        text_heads=text_heads,
-        embed_dim=embed_dim,
-        vocab_size=vocab_size,
-        context_length=len(state["positional_embedding"]),
-        stem=stem,
-        branch_layers=_default_branch_layers(layers) if branch is not None else (),
-        sharing=Sharing(layers=f"last:{layers - 1}") if stem else agreeing(state),
-    )
+    return {
+        "image_size": _grid(positions) * patch_size,
+        "patch_size": patch_size,
+        "width": width,
+        "layers": layers,
+        "num_heads": max(1, width // 64),
+        "stem": stem,
+        "branch_layers": _default_branch_layers(layers) if branch is not None else (),
+        "sharing": Sharing(layers=f"last:{layers - 1}") if stem else agreeing(state),
+    }
 
 
 def _indices(state: Mapping[str, Tensor], prefix: str) -> set[int]:
