@@ -145,7 +145,16 @@ class Model(nn.Module):
         return features
 
     def encode_image(self, images: Float[Tensor, "images 3 size size"], normalize: bool = True) -> Float[Tensor, "images dim"]:
-        """Embeds normalised images (see `Preprocess`); unit length unless `normalize` is false."""
+        """Embeds normalised images (see `Preprocess`); unit length unless `normalize` is false.
+
+        Raises:
+            ValueError: no images, bytes instead of normalised numbers, or another size than the model's.
+        """
+        if images.ndim != 4 or not len(images) or not images.is_floating_point():
+            raise ValueError(
+                "images must be floating-point numbers, as Preprocess makes them, of shape (B, 3, size, size) with B at least "
+                f"1, got {tuple(images.shape)} of {images.dtype}"
+            )
         features = self._embed_images(images)
         return F.normalize(features.float(), dim=-1) if normalize else features
 
@@ -155,7 +164,7 @@ class Model(nn.Module):
         """Embeds captions given as ids, each row up to its largest id, the end token.
 
         Raises:
-            ValueError: rows longer than the context, or ids beyond the vocabulary.
+            ValueError: no captions, rows without ids or longer than the context, or ids beyond the vocabulary.
         """
         text = token_ids if isinstance(token_ids, PackedText) else self._pack(token_ids)
         features = self._embed_captions(text)
@@ -163,10 +172,15 @@ class Model(nn.Module):
 
     def _pack(self, token_ids: Int[Tensor, "captions length"]) -> PackedText:
         context, vocabulary = self.config.context_length, self.config.vocab_size
-        if token_ids.ndim != 2 or token_ids.shape[1] > context:
-            raise ValueError(f"token_ids must be (B, L) with L at most {context}, got {tuple(token_ids.shape)}")
-        if len(token_ids) and int(token_ids.max()) >= vocabulary:
-            raise ValueError(f"token_ids must be below vocab_size {vocabulary}, got {int(token_ids.max())}")
+        shaped = token_ids.ndim == 2 and len(token_ids) and 1 <= token_ids.shape[1] <= context
+        if not shaped or token_ids.is_floating_point():
+            raise ValueError(
+                f"token_ids must be whole numbers of shape (B, L) with B at least 1 and L from 1 to {context}, got "
+                f"{tuple(token_ids.shape)} of {token_ids.dtype}"
+            )
+        low, high = torch.stack(token_ids.aminmax()).tolist()  # waits for the device once, as `pack` has to
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"token_ids must be from 0 to below vocab_size {vocabulary}, got {low} to {high}")
         return pack(token_ids)
 
     @property

@@ -250,6 +250,37 @@ def test_a_contradiction_is_refused_by_name(overrides: dict[str, Any], words: st
         msclip.create_model("ms_clip_s_b32", device="meta", **overrides)
 
 
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (torch.zeros(0, 16, dtype=torch.long), r"B at least 1.*\(0, 16\)"),
+        (torch.zeros(2, 0, dtype=torch.long), r"L from 1 to 16.*\(2, 0\)"),
+        (torch.ones(2, 17, dtype=torch.long), r"L from 1 to 16.*\(2, 17\)"),
+        (torch.ones(16, dtype=torch.long), r"shape \(B, L\).*\(16,\)"),
+        (torch.ones(2, 16), "whole numbers.*float32"),
+        (torch.tensor([[1, -1, 511]]), "from 0 to below vocab_size 1024, got -1 to 511"),
+        (torch.tensor([[1, 1024]]), "below vocab_size 1024, got 1 to 1024"),
+    ],
+)
+def test_ids_that_are_no_captions_are_refused_by_name(ids: torch.Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        msclip.create_model("ms_clip_s_tiny").encode_text(ids)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.zeros(0, 3, 64, 64), r"B at least 1, got \(0, 3, 64, 64\)"),
+        (torch.zeros(3, 64, 64), r"got \(3, 64, 64\)"),
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "floating-point.*uint8"),
+        (torch.zeros(1, 3, 32, 32), r"\(B, 3, 64, 64\), got \(1, 3, 32, 32\)"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused_by_name(images: torch.Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        msclip.create_model("ms_clip_s_tiny").encode_image(images)
+
+
 def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
     with pytest.raises(msclip.UserError, match="ms_clip_s_b32"):
         msclip.create_model("ms_clip_xl")
