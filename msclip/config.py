@@ -104,10 +104,16 @@ class ModelConfig:
     `modified_resnet`, its stem and N of four stages). What it shares freezes with it; BatchNorm keeps its statistics."""
     freeze_text: str = "none"
     """What of the text encoder is not learned, likewise."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """What training minimises: CLIP's softmax over the pairs of a batch, or SigLIP's sigmoid of each pair for itself, which
+    gives the model one more parameter, a bias beside the temperature."""
     logit_scale_init: float = 1.0
-    """Logarithm of the first temperature: 1.0 in MS-CLIP, ln(1/0.07) = 2.659 in CLIP."""
+    """Logarithm of the first temperature: 1.0 in MS-CLIP, ln(1/0.07) = 2.659 in CLIP, ln 10 = 2.303 in SigLIP."""
     logit_scale_learned: bool = True
     """Whether the temperature is learned; else it stays what it was first."""
+    logit_bias_init: float = -10.0
+    """First bias of the `sigmoid` loss, learned from there; SigLIP's -10 at first holds every pair for a mismatch, as nearly
+    every one is."""
     token_std: float = 1.0
     """Standard deviation of fresh token embeddings: 1.0 in MS-CLIP, 0.02 in CLIP."""
 

@@ -29,8 +29,14 @@ def check(config: "ModelConfig") -> None:
         raise UserError(
             f"model.norm_eps must be positive and model.token_std not negative, got {config.norm_eps} and {config.token_std}"
         )
-    if not math.isfinite(config.logit_scale_init):
-        raise UserError(f"model.logit_scale_init must be finite, got {config.logit_scale_init}")
+    for name in ("logit_scale_init", "logit_bias_init"):
+        if not math.isfinite(getattr(config, name)):
+            raise UserError(f"model.{name} must be finite, got {getattr(config, name)}")
+    if config.loss != "sigmoid" and config.logit_bias_init != type(config).logit_bias_init:
+        raise UserError(
+            f"model.logit_bias_init is a setting of model.loss sigmoid, got {config.logit_bias_init} with {config.loss}, "
+            "where a bias would cancel out"
+        )
     if config.image_size % config.patch_size:
         raise UserError(
             f"model.image_size must be a multiple of model.patch_size, got {config.image_size} and {config.patch_size}"

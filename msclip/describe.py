@@ -45,7 +45,7 @@ class Costs:
     text: int
     """Parameters of captions alone."""
     total: int
-    """All, each once, the temperature included."""
+    """All, each once, temperature and bias included."""
     learned: int
     """Those that are not frozen."""
     image_multiply_adds: int
@@ -62,10 +62,10 @@ class Costs:
 
 
 def count_parameters(model: Model) -> dict[str, int]:
-    """Numbers of parameters by whom they serve: `shared`, `image` and `text`; each once, the temperature left out."""
+    """Numbers of parameters by whom they serve: `shared`, `image` and `text`; each once, temperature and bias left out."""
     counts = {"shared": 0, "image": 0, "text": 0}
     for name, parameter in model.named_parameters():
-        if name != "logit_scale":
+        if not name.startswith("logit_"):
             (owner,) = {OWNERS[part] for part in name.split(".") if part in OWNERS}
             counts[owner] += parameter.numel()
     return counts

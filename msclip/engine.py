@@ -57,12 +57,12 @@ class PixelModel(nn.Module):
 
     def forward(
         self, pixels: UInt8[Tensor, "batch size size 3"], text: PackedText
-    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"], Float[Tensor, "1"]]:
-        """Unit image and caption features, and the temperature."""
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"], Float[Tensor, "scale"]]:
+        """Unit image and caption features, and the temperature, which a bias follows where the model has one."""
         images = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            image_features, text_features, temperature = self.model(images, text)
-        return image_features.float(), text_features.float(), temperature.float()
+            image_features, text_features, scale = self.model(images, text)
+        return image_features.float(), text_features.float(), scale.float()
 
 
 class Engine:
@@ -90,8 +90,9 @@ class Engine:
         """One update from this rank's share of a global batch, as accumulation_steps micro batches of equal size.
 
         Returns metrics, means over the ranks, for `read_metrics`: they stay on the device so that this call waits for
-        it only once, where the gradient is found to be finite. `train/temperature` is the one of the loss, before the
-        update. Raises `TrainingError`, on all ranks, instead of applying a gradient that is not finite.
+        it only once, where the gradient is found to be finite. `train/temperature` and, for the sigmoid loss,
+        `train/logit_bias` are those of the loss, before the update. Raises `TrainingError`, on all ranks, instead of
+        applying a gradient that is not finite.
         """
         if len(micro_batches) != self._config.accumulation_steps:
             raise ValueError(f"expected {self._config.accumulation_steps} micro batches, got {len(micro_batches)}")
@@ -99,32 +100,33 @@ class Engine:
         seed_step(self._seed, self.step, rank())
         self.module.train()
         on_device = [micro_batch.on(self.device) for micro_batch in micro_batches]
-        result, temperature = self._accumulate(on_device) if len(on_device) > 1 else self._backward(on_device[0])
+        result, scale = self._accumulate(on_device) if len(on_device) > 1 else self._backward(on_device[0])
         means = mean_over_ranks(torch.stack(result).detach())
         grad_norm, applied = self._stepper.apply()
         metrics: dict[str, Tensor | float] = {
             "train/loss": means[0],
             "train/image_to_text_accuracy": means[1],
             "train/text_to_image_accuracy": means[2],
-            "train/temperature": temperature,
+            **dict(zip(("train/temperature", "train/logit_bias"), scale, strict=False)),
             "train/grad_norm": grad_norm,
             "train/lr": lr,
         }
         if not applied:
             check_step(read_metrics(metrics), self.step)
             raise AssertionError("an update was withheld although its gradient is finite")
-        if (scale := self._parameters.get("logit_scale")) is not None and scale.requires_grad:
-            self._stepper.cap(scale, float(np.log(self._config.temperature_max)))
+        logit_scale = self._parameters.get("logit_scale")
+        if logit_scale is not None and logit_scale.requires_grad:
+            self._stepper.cap(logit_scale, float(np.log(self._config.temperature_max)))
         self.step += 1
         if self._config.ema_decay is not None:
             self._state.average(decay_at(self.step, self._config.ema_decay))
         return metrics
 
     def _backward(self, micro_batch: MicroBatch) -> tuple[ContrastiveResult, Tensor]:
-        image_features, text_features, temperature = self._stepper.forward(*micro_batch)
-        result = contrastive_loss(image_features, text_features, temperature)
+        image_features, text_features, scale = self._stepper.forward(*micro_batch)
+        result = contrastive_loss(image_features, text_features, *scale.split(1))
         self._stepper.backward(result.loss)
-        return result, temperature.detach()[0].clone()
+        return result, scale.detach().clone()
 
     def _accumulate(self, micro_batches: Sequence[MicroBatch]) -> tuple[ContrastiveResult, Tensor]:
         """The loss of all micro batches together; a rank's rows are its micro batches in order."""
@@ -133,22 +135,22 @@ class Engine:
             for micro_batch in micro_batches:
                 random_states.append(_random_state(self.device))
                 outputs.append(self._stepper.forward(*micro_batch))
-        images, texts, temperatures = (list(part) for part in zip(*outputs, strict=True))
-        leaves = [torch.cat(images), torch.cat(texts), temperatures[0].clone()]
+        images, texts, scales = (list(part) for part in zip(*outputs, strict=True))
+        leaves = [torch.cat(images), torch.cat(texts), scales[0].clone()]
         for leaf in leaves:
             leaf.requires_grad_()
-        result = contrastive_loss(*leaves)
-        image_grad, text_grad, temperature_grad = torch.autograd.grad(result.loss, leaves)
+        result = contrastive_loss(leaves[0], leaves[1], *leaves[2].split(1))
+        image_grad, text_grad, scale_grad = torch.autograd.grad(result.loss, leaves)
         by_micro_batch = zip(
             micro_batches, random_states, image_grad.chunk(len(images)), text_grad.chunk(len(images)), strict=True
         )
         for micro_batch, state, to_images, to_texts in by_micro_batch:
             _set_random_state(self.device, state)  # dropout as in the first pass
-            image_features, text_features, temperature = self._stepper.forward(*micro_batch)
-            # A scalar with exactly these gradients; the temperature's is shared out because each pass has its own.
+            image_features, text_features, scale = self._stepper.forward(*micro_batch)
+            # A scalar with exactly these gradients; that of temperature and bias is shared out: each pass has its own.
             surrogate = (image_features * to_images).sum() + (text_features * to_texts).sum()
-            self._stepper.backward(surrogate + (temperature * temperature_grad).sum() / len(images))
-        return result, leaves[2].detach()[0]
+            self._stepper.backward(surrogate + (scale * scale_grad).sum() / len(images))
+        return result, leaves[2].detach()
 
     def full_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Model and optimiser as float32 CPU tensors on rank 0; empty dicts elsewhere.
@@ -198,7 +200,8 @@ def create_engine(
     `zero_stage` None is plain PyTorch; 0 to 3 is DeepSpeed, which in a process without process group makes one of its own.
     `mean` and `std` normalise pixels scaled to 0..1. `micro_batch_size` is pairs a forward pass on one rank.
     `seed`, with step and rank, decides dropout. `zero_options` are further entries of DeepSpeed's `zero_optimization`.
-    The model has `parameter_groups()`, and takes (images, text) to (image features, text features, temperature).
+    The model has `parameter_groups()`, and takes (images, text) to (image features, text features, temperature and bias
+    if it has one).
     """
     if precision not in ("fp32", "bf16"):
         raise UserError(f"precision must be fp32 or bf16, got {precision}")

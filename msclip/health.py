@@ -15,9 +15,10 @@ def check_step(metrics: Mapping[str, Tensor | float], step: int) -> None:
     if not bad:
         return
     found = " and ".join(f"{name} is {value}" for name, value in bad.items())
+    bias = f", bias {metrics['train/logit_bias']:.4g}" if "train/logit_bias" in metrics else ""
     raise TrainingError(
         f"training stopped at step {step}: {found} (learning rate {metrics['train/lr']:.3g}, temperature "
-        f"{metrics['train/temperature']:.4g}). The weights have not taken up that gradient. Resume from the last checkpoint "
-        "with a lower optim.lr, more optim.warmup_steps or optim.clip_grad_norm 1.0; if that does not help, precision fp32 "
-        "tells numerical trouble from faulty data."
+        f"{metrics['train/temperature']:.4g}{bias}). The weights have not taken up that gradient. Resume from the last "
+        "checkpoint with a lower optim.lr, more optim.warmup_steps or optim.clip_grad_norm 1.0; if that does not help, "
+        "precision fp32 tells numerical trouble from faulty data."
     )

@@ -71,7 +71,7 @@ class TextInput(nn.Module):
 
 
 class Model(nn.Module):
-    """Two encoders that share what `config.sharing` says, and a temperature."""
+    """Two encoders that share what `config.sharing` says, and a temperature; for the sigmoid loss also a bias."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -99,6 +99,7 @@ class Model(nn.Module):
         self.projection = Paired(lambda m: nn.Linear(widths[m], config.embed_dim, bias=False), sharing.out_proj, modalities)
         # One element, not none: DeepSpeed cannot broadcast a parameter without dimensions.
         self.logit_scale = nn.Parameter(torch.full((1,), config.logit_scale_init), config.logit_scale_learned)
+        self.logit_bias = nn.Parameter(torch.full((1,), config.logit_bias_init)) if config.loss == "sigmoid" else None
         initialise(self)
         self._frozen_norms = freeze(self)
 
@@ -190,18 +191,23 @@ class Model(nn.Module):
 
     def forward(
         self, images: Float[Tensor, "images 3 size size"], text: PackedText
-    ) -> tuple[Float[Tensor, "images dim"], Float[Tensor, "captions dim"], Float[Tensor, "1"]]:
-        """Unit image and caption embeddings, and the temperature exp(logit_scale)."""
+    ) -> tuple[Float[Tensor, "images dim"], Float[Tensor, "captions dim"], Float[Tensor, "scale"]]:
+        """Unit image and caption embeddings, and what makes logits of their cosines.
+
+        That is the temperature exp(logit_scale) alone, or the temperature and the bias of the sigmoid loss, which turns
+        temperature * cosine + bias into the probability that the two belong together.
+        """
         if self.joint:
             image_features, text_features = self._run(images, text)
         else:
             image_features, text_features = self._embed_images(images), self._embed_captions(text)
         assert image_features is not None
         assert text_features is not None
+        temperature = self.logit_scale.exp()
         return (
             F.normalize(image_features.float(), dim=-1),
             F.normalize(text_features.float(), dim=-1),
-            self.logit_scale.exp(),
+            temperature if self.logit_bias is None else torch.cat([temperature, self.logit_bias]),
         )
 
     def parameter_groups(self) -> dict[str, list[str]]:

@@ -67,3 +67,10 @@ def test_the_order_in_the_adapters_is_chosen_on_the_command_line() -> None:
         cli.parse(TrainJob, ["--config", "ms_clip_s_b32", "--model.adapter_bn", "after_pw"]).model, device="meta"
     )
     assert model.get_submodule("branch.adapters.0.branch_bn").weight.shape == (768,)
+
+
+def test_the_sigmoid_loss_is_chosen_on_the_command_line() -> None:
+    said = ["--model.loss", "sigmoid", "--model.logit_bias_init", "-5"]
+    model = msclip.build(cli.parse(TrainJob, ["--config", "ms_clip_s_b32", *said]).model, device="meta")
+    assert model.logit_bias is not None
+    assert model.config.logit_bias_init == -5

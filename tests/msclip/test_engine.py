@@ -12,7 +12,7 @@ from msclip import TrainingError, UserError
 from msclip.engine import Engine, PixelModel, create_engine, read_metrics, seed_step
 from msclip.loss import contrastive_loss
 from msclip.optim import OptimConfig
-from tests.msclip.two_ranks import STAGES, STEPS, micro_batches, tiny_engine, tiny_model, train
+from tests.msclip.two_ranks import SIGMOID, STAGES, STEPS, micro_batches, tiny_engine, tiny_model, train
 
 State = tuple[dict[str, Tensor], dict[str, Tensor]]
 NAMES = ("train/loss", "train/grad_norm", "train/temperature", "train/image_to_text_accuracy", "train/lr")
@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 
 
 def curve(metrics: list[dict[str, float]]) -> Tensor:
-    return torch.tensor([[step[name] for name in NAMES] for step in metrics])
+    return torch.tensor([[step[name] for name in (*NAMES, "train/logit_bias") if name in step] for step in metrics])
 
 
 def same(a: State, b: State) -> bool:
@@ -49,8 +49,17 @@ def test_a_step_reports_every_metric_as_a_number() -> None:
     assert metrics["train/lr"] == 1e-6
 
 
-def test_training_lowers_the_loss() -> None:
-    engine = tiny_engine(tiny_model(), warmup_steps=0)
+def test_the_sigmoid_loss_reports_and_learns_its_bias() -> None:
+    metrics = train(tiny_engine(tiny_model(**SIGMOID), warmup_steps=0), 3)
+    assert metrics[0].keys() == {*NAMES, "train/text_to_image_accuracy", "train/logit_bias"}
+    biases = [step["train/logit_bias"] for step in metrics]
+    assert biases[0] == -2
+    assert biases[0] != biases[1] != biases[2]
+
+
+@pytest.mark.parametrize("model", [{}, SIGMOID], ids=["softmax", "sigmoid"])
+def test_training_lowers_the_loss(model: dict[str, Any]) -> None:
+    engine = tiny_engine(tiny_model(**model), warmup_steps=0)
     losses = [read_metrics(engine.train_step(micro_batches(0)))["train/loss"] for _ in range(12)]
     assert losses[-1] < losses[0] - 0.1
 
@@ -92,6 +101,16 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_and_reaches_no_weight(
     for observed in two_ranks:
         assert f"step {STEPS}: train/loss is nan" in observed["stage", stage]["error"]
     assert two_ranks[0]["stage", stage]["untouched"]
+
+
+@pytest.mark.parametrize("stage", [None, 1, 3])
+def test_two_ranks_with_the_sigmoid_loss_train_like_one_process(
+    stage: int | None, one_process: dict[str, Any], two_ranks: list[dict[Any, Any]]
+) -> None:
+    expected = curve(train(tiny_engine(tiny_model(**SIGMOID)), 3))
+    assert expected.shape[1] == len(NAMES) + 1
+    for observed in two_ranks:  # stages 1 and 3 with accumulation
+        torch.testing.assert_close(curve(observed["sigmoid", stage]), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -168,11 +187,13 @@ def test_saved_state_is_a_copy() -> None:
     assert state[1]["step"] == 0
 
 
+@pytest.mark.parametrize("model", [{}, SIGMOID], ids=["softmax", "sigmoid"])
 @pytest.mark.parametrize("parts", [2, 4])
-def test_accumulation_has_the_gradient_of_the_whole_batch(parts: int) -> None:
-    whole, split = tiny_engine(tiny_model()), tiny_engine(tiny_model(), accumulation_steps=parts)
+def test_accumulation_has_the_gradient_of_the_whole_batch(parts: int, model: dict[str, Any]) -> None:
+    whole, split = tiny_engine(tiny_model(**model)), tiny_engine(tiny_model(**model), accumulation_steps=parts)
     train(whole, 1)
     train(split, 1, parts=parts)
+    assert ("logit_bias" in gradients(whole)) == bool(model)
     torch.testing.assert_close(gradients(split), gradients(whole), rtol=0, atol=1e-5)
 
 

@@ -25,3 +25,8 @@ def test_finite_metrics_pass() -> None:
 def test_what_is_not_finite_stops_training_with_the_facts(name: str, value: float) -> None:
     with pytest.raises(TrainingError, match=rf"step 3: {name} is {value}.*rate 0\.001, temperature 14\).*optim\.lr"):
         check_step(GOOD | {name: value}, 3)
+
+
+def test_the_bias_of_the_sigmoid_loss_is_among_the_facts() -> None:
+    with pytest.raises(TrainingError, match=r"temperature 14, bias -9\.5\)"):
+        check_step(GOOD | {"train/loss": math.nan, "train/logit_bias": -9.5}, 3)

@@ -241,6 +241,9 @@ def test_configs_survive_plain_values(name: str) -> None:
         ({"branch_layers": (0, 2, 4, 6, 8)}, "branch_layers"),
         ({"patch_size": 14}, "patch_size"),
         ({"depth": 3}, "depth"),
+        ({"loss": "siglip"}, "model.loss must be softmax or sigmoid, got 'siglip'"),
+        ({"logit_bias_init": -5.0}, "logit_bias_init is a setting of model.loss sigmoid"),
+        ({"loss": "sigmoid", "logit_bias_init": float("nan")}, "logit_bias_init must be finite"),
         ({"adapter_bn": "after_pw", "branch_layers": ()}, "adapter_bn is a setting of the parallel branch"),
         ({"activation": "relu"}, "model.activation must be quick_gelu or gelu"),
     ],
@@ -248,6 +251,20 @@ def test_configs_survive_plain_values(name: str) -> None:
 def test_a_contradiction_is_refused_by_name(overrides: dict[str, Any], words: str) -> None:
     with pytest.raises(msclip.UserError, match=words):
         msclip.create_model("ms_clip_s_b32", device="meta", **overrides)
+
+
+def test_the_sigmoid_loss_adds_a_bias_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    plain = msclip.create_model("ms_clip_s_tiny").eval()
+    torch.manual_seed(0)
+    biased = msclip.create_model("ms_clip_s_tiny", loss="sigmoid", logit_bias_init=-3.5).eval()
+    assert biased.state_dict().keys() - plain.state_dict().keys() == {"logit_bias"}
+    images, text = torch.randn(2, 3, 64, 64), pack(captions([5, 8]))
+    (image, caption, temperature), (same_image, same_caption, scale) = plain(images, text), biased(images, text)
+    assert torch.equal(image, same_image)
+    assert torch.equal(caption, same_caption)
+    assert scale.tolist() == [temperature.item(), -3.5]
+    assert "logit_bias" in biased.parameter_groups()["no_decay"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msclip import Model, TrainingError, create_model
+from msclip import Model, TrainingError, create_model, loss
 from msclip.distributed import all_gather_objects, first_ranks_object, gather_with_grad, mean_over_ranks
 from msclip.engine import Engine, MicroBatch, create_engine, read_metrics
 from msclip.loss import contrastive_loss
@@ -38,6 +38,8 @@ NO_BATCH_NORM: dict[str, Any] = {
     "text_layers": 2,
     "vocab_size": 512,
 }
+
+SIGMOID: dict[str, Any] = {"loss": "sigmoid", "logit_scale_init": 0.8, "logit_bias_init": -2.0}
 
 
 def tiny_model(batch_norm: bool = False, seed: int = 0, **overrides: Any) -> Model:
@@ -83,11 +85,15 @@ def train(engine: Engine, steps: int, rank: int = 0, world_size: int = 1, parts:
     ]
 
 
-def features() -> tuple[Tensor, Tensor, Tensor]:
-    """A global batch of unit image and text features, and a temperature; all with gradients."""
+LOSSES: dict[str, tuple[float, ...]] = {"softmax": (3.0,), "sigmoid": (3.0, -1.5)}
+"""By name, the temperature of a test, and the bias where there is one."""
+
+
+def features(kind: str = "softmax", rows: int = ROWS) -> list[Tensor]:
+    """A global batch of unit image and text features, a temperature, and for the sigmoid loss a bias; all with gradients."""
     generator = torch.Generator().manual_seed(1)
-    images, texts = torch.nn.functional.normalize(torch.randn(2, ROWS, 5, generator=generator), dim=-1)
-    return images.requires_grad_(), texts.requires_grad_(), torch.tensor([3.0], requires_grad=True)
+    images, texts = torch.nn.functional.normalize(torch.randn(2, rows, 5, generator=generator), dim=-1)
+    return [x.requires_grad_() for x in (images, texts, *(torch.tensor([number]) for number in LOSSES[kind]))]
 
 
 def observe_collectives(rank: int) -> Mapping[str, Any]:
@@ -105,13 +111,13 @@ def observe_collectives(rank: int) -> Mapping[str, Any]:
     }
 
 
-def observe_loss(rank: int) -> Mapping[str, Any]:
-    images, texts, temperature = features()
+def observe_loss(rank: int, kind: str) -> tuple[Tensor, list[Tensor | None]]:
+    """Loss and accuracies, and gradients."""
+    leaves = features(kind)
     rows = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
-    result = contrastive_loss(images[rows], texts[rows], temperature)
+    result = contrastive_loss(leaves[0][rows], leaves[1][rows], *leaves[2:])
     result.loss.backward()
-    gradients = [leaf.grad for leaf in (images, texts, temperature) if leaf.grad is not None]
-    return {"loss": torch.stack(result).detach(), "loss_gradients": gradients}
+    return torch.stack(result).detach(), [leaf.grad for leaf in leaves]
 
 
 def observe_stage(rank: int, stage: int | None, start: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Mapping[str, Any]:
@@ -179,13 +185,21 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     start, finetuned = torch.load(folder / "start.pt"), torch.load(folder / "finetuned.pt")
-    observed: dict[Any, Any] = {**observe_collectives(rank), **observe_loss(rank)}
+    observed: dict[Any, Any] = {**observe_collectives(rank)}
+    whole = loss.LOGITS_AT_ONCE
+    for kind in LOSSES:
+        for in_chunks, loss.LOGITS_AT_ONCE in ((False, whole), (True, 3 * ROWS)):  # chunks of three rows and of one
+            observed["loss", kind, in_chunks] = observe_loss(rank, kind)
+    loss.LOGITS_AT_ONCE = whole
     for stage in STAGES:
         observed["stage", stage] = observe_stage(rank, stage, start)
         observed["finetuning", stage] = observe_finetuning(rank, stage, finetuned)
     for stage in (2, 3):
         engine = tiny_engine(tiny_model(), stage, 2, accumulation_steps=2)
         observed["accumulated", stage] = train(engine, 3, rank, 2, parts=2)
+    for stage, parts in ((None, 1), (1, 2), (3, 2)):
+        engine = tiny_engine(tiny_model(**SIGMOID), stage, 2, accumulation_steps=parts)
+        observed["sigmoid", stage] = train(engine, 3, rank, 2, parts)
     for stage in (None, 2):
         engine = tiny_engine(tiny_model(batch_norm=True), stage, 2, ema_decay=0.5)
         metrics = train(engine, 2, rank, 2)
