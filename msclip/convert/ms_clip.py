@@ -18,10 +18,11 @@ from msclip.errors import UserError
 from msclip.model import Model, build
 from msclip.sharing import SEPARATE, Sharing
 
+SCALARS = ("logit_scale", "logit_bias")
 PREFIX = {"image": "visual.", "text": ""}
 # Ours -> official, for what is not inside a transformer block. Order matters only for readability.
 PLAIN = [
-    (r"^logit_scale$", "logit_scale"),
+    (r"^(logit_scale|logit_bias)$", r"\1"),
     (r"^image_input\.patches\.weight$", "visual.conv1.weight"),
     (r"^image_input\.patches\.(conv1|bn1|last_conv)\.", r"visual.transformer.resblocks.0.\1."),
     (r"^image_input\.(class_embedding|positional_embedding|ln_pre)", r"visual.\1"),
@@ -89,7 +90,7 @@ def _paired_name(part: str, leaf: str, side: str) -> str:
 def _to_official(key: str, tensor: Tensor) -> Tensor:
     if key.startswith("projection."):
         return tensor.T  # the official projections multiply from the right
-    return tensor.reshape(()) if key == "logit_scale" else tensor
+    return tensor.reshape(()) if key in SCALARS else tensor
 
 
 def to_state_dict(model: Model) -> dict[str, Tensor]:
@@ -126,6 +127,7 @@ def _inferred(state: Mapping[str, Tensor]) -> ModelConfig:
         embed_dim=state["text_projection"].shape[1],
         vocab_size=vocab_size,
         context_length=len(state["positional_embedding"]),
+        loss="sigmoid" if "logit_bias" in state else "softmax",
     )
 
 

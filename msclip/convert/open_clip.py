@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from msclip.config import ModelConfig
-from msclip.convert.ms_clip import infer_config, to_state_dict
+from msclip.convert.ms_clip import SCALARS, infer_config, to_state_dict
 from msclip.convert.weights import CLIP_MEAN, CLIP_STD, FRESH, Weights, from_plain, own_copies, remark, require_plain
 from msclip.data.images import Preprocess
 from msclip.errors import UserError
@@ -48,7 +48,16 @@ TEXT = {
     "pool_type": "argmax",
     "proj_type": "linear",
 }
-MODEL = {"embed_dim": None, "vision_cfg": None, "text_cfg": None, "quick_gelu": None, "custom_text": None}
+MODEL = {
+    "embed_dim": None,
+    "vision_cfg": None,
+    "text_cfg": None,
+    "quick_gelu": None,
+    "custom_text": None,
+    "init_logit_scale": None,
+    "init_logit_bias": None,
+    "nonscalar_logit_scale": None,
+}
 
 
 def recognise(tensors: Mapping[str, Tensor]) -> bool:
@@ -66,6 +75,7 @@ def read(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, overri
         UserError: the configuration names what this library's towers do not do, or nothing tells the activation.
     """
     state = {name.removeprefix("text."): tensor for name, tensor in tensors.items() if not name.endswith("attn_mask")}
+    state |= {name: state[name].reshape(()) for name in SCALARS if name in state and state[name].shape == (1,)}
     try:
         settings = _settings(infer_config(state), config)
         preprocess = _preprocess((config or {}).get("preprocess_cfg", {}))
@@ -120,7 +130,7 @@ def write(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
         UserError: the model has what the layout has no place for.
     """
     config = weights.model.config
-    require_plain(config, "open_clip")
+    require_plain(config, "open_clip", {"loss"})
     norm = {} if config.norm_eps == 1e-5 else {"norm_kwargs": {"eps": config.norm_eps}}
     resnet = config.image_tower == "modified_resnet"
     vision = {
@@ -144,6 +154,8 @@ def write(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
     model: dict[str, Any] = {"embed_dim": config.embed_dim, "vision_cfg": vision, "text_cfg": text}
     if config.activation == "quick_gelu":
         model["quick_gelu"] = True
+    if config.loss == "sigmoid":
+        model["init_logit_bias"] = config.logit_bias_init  # open_clip's models have a bias where this is said
     preprocess = {
         "mean": list(weights.preprocess.mean),
         "std": list(weights.preprocess.std),

@@ -1,6 +1,6 @@
 """What a converter reads, and what a model must be to be written in a layout that has less room than ours."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ TRAINING_ONLY = {
     "dropout",
     "freeze_image",
     "freeze_text",
+    "logit_bias_init",
     "logit_scale_learned",
     "patch_dropout",
 }
@@ -61,8 +62,11 @@ class Weights:
     """Null where the layout has none in it."""
 
 
-def require_plain(config: ModelConfig, layout: Layout) -> None:
+def require_plain(config: ModelConfig, layout: Layout, others: Set[str] = frozenset()) -> None:
     """Refuses what two plain towers cannot hold.
+
+    Args:
+        others: settings that the layout has a place for, besides those of any plain towers.
 
     Raises:
         UserError: which setting stands in the way, why, and what can be written instead.
@@ -81,10 +85,10 @@ def require_plain(config: ModelConfig, layout: Layout) -> None:
                 f"a model with {setting} cannot be written as {layout}: {what} has no place in two plain towers. --to msclip "
                 "holds every model, --to ms_clip one with stem and branch; models that only share can be written as any layout"
             )
-    require_settings(config, layout, {"text_tower", "stem", "branch_layers"})
+    require_settings(config, layout, {"text_tower", "stem", "branch_layers", *others})
 
 
-def require_settings(config: ModelConfig, layout: Layout, others: set[str]) -> None:
+def require_settings(config: ModelConfig, layout: Layout, others: Set[str]) -> None:
     """Refuses settings that are neither a plain tower's nor among `others`, unless they are off, as by default.
 
     Raises:

@@ -116,6 +116,17 @@ def test_the_weights_of_an_open_clip_folder_are_read_with_the_configuration_besi
     assert (found.model.config.activation, found.model.config.norm_eps) == ("gelu", 1e-6)
 
 
+def test_a_sigmoid_models_bias_is_read_whether_it_is_a_number_or_a_vector_of_one(tmp_path: Path) -> None:
+    model = tiny(loss="sigmoid")
+    state = state_of(model)
+    assert state["logit_bias"].shape == ()
+    for shape in ((), (1,)):
+        save_file({**state, **{n: state[n].reshape(shape) for n in ("logit_scale", "logit_bias")}}, tmp_path / "x")
+        found = read(tmp_path / "x", {"activation": "quick_gelu"}).model
+        assert found.config.loss == "sigmoid"
+        assert equal(model, found)
+
+
 def test_heads_of_vit_h_are_eighty_channels_wide(tmp_path: Path) -> None:
     save_file(state_of(tiny(width=1280, layers=1, num_heads=16)), tmp_path / "x")
     assert read(tmp_path / "x", {"activation": "gelu"}).model.config.num_heads == 16

@@ -36,6 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "other_heads": {"num_heads": 2, "text_heads": 4},
     "unequal_towers": {"text_width": 128, "text_heads": 2, "text_layers": 2},
     "resnet": RESNET,
+    "sigmoid": {"loss": "sigmoid"},
 }
 CAPTIONS = ["A dog  runs", "two birds fly over the water and over the red ball, again and again", "ball"]
 
@@ -72,14 +73,15 @@ def logits(model: Any, images: Tensor, ids: Tensor) -> Tensor:
     """Of our models and of open_clip's, whose methods have the same names."""
     with torch.no_grad():
         image, text = model.encode_image(images, normalize=True), model.encode_text(ids, normalize=True)
-        return model.logit_scale.exp() * image @ text.T
+        product = model.logit_scale.exp() * image @ text.T
+        return product if model.logit_bias is None else product + model.logit_bias
 
 
 def close(got: Tensor, expected: Tensor) -> bool:
     return bool((got - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1))
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "resnet"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("resnet", "sigmoid")])
 def test_transformers_computes_our_logits_from_our_export(tmp_path: Path, name: str) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     images, ids, expected = exported(tmp_path / "hf", "huggingface", MODELS[name])
@@ -136,10 +138,11 @@ def test_open_clip_computes_our_logits_from_our_export(tmp_path: Path, open_clip
     assert close(logits(theirs, images, ids), expected)
 
 
+@pytest.mark.parametrize("bias", [None, -10.0])
 @pytest.mark.parametrize("custom", [False, True])
 @pytest.mark.parametrize("quick_gelu", [False, True])
 def test_we_compute_the_logits_of_a_model_that_open_clip_made(
-    tmp_path: Path, open_clip: ModuleType, custom: bool, quick_gelu: bool
+    tmp_path: Path, open_clip: ModuleType, custom: bool, quick_gelu: bool, bias: float | None
 ) -> None:
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     theirs = kind(
@@ -147,6 +150,7 @@ def test_we_compute_the_logits_of_a_model_that_open_clip_made(
         vision_cfg={"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "head_width": 64},
         text_cfg={"context_length": 16, "vocab_size": 600, "width": 64, "heads": 1, "layers": 2},
         quick_gelu=quick_gelu,
+        init_logit_bias=bias,
     ).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
