@@ -49,7 +49,9 @@ def _loss(run: RunRecord) -> Chart | None:
     labels = [draw_curve(axes, run, "train/loss", "blue", "{:.3g}".format)]
     batch = run.setting("training.global_batch")
     note = "symmetric cross-entropy over the global batch, in nats"
-    if isinstance(batch, int) and batch > 1:
+    if run.setting("model.loss") == "sigmoid":
+        note = "sigmoid loss of all pairs of the global batch, divided by its size, in nats"
+    elif isinstance(batch, int) and batch > 1:
         labels.append(draw_chance(axes, math.log(batch), f"guessing: ln {batch:,}"))
     axes.set_ylim(bottom=0)
     label_ends(axes, labels)
@@ -102,6 +104,7 @@ def _health(run: RunRecord) -> Chart | None:
         "train/lr": ("learning rate", "blue", "{:.2g}".format),
         "train/grad_norm": ("gradient norm before clipping", "green", "{:.3g}".format),
         "train/temperature": ("temperature, exp(logit scale)", "purple", "{:.1f}".format),
+        "train/logit_bias": ("bias of the sigmoid loss", "orange", "{:.2f}".format),
     }
     shown = [name for name in panels if name in run.metrics]
     if not shown:
@@ -115,7 +118,7 @@ def _health(run: RunRecord) -> Chart | None:
             axes.set_yscale("log")
             axes.yaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-        elif name != "train/temperature":
+        elif name not in ("train/temperature", "train/logit_bias"):
             axes.set_ylim(bottom=0)
         if name == "train/lr":
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.2g}" if v else "0"))

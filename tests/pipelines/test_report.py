@@ -196,6 +196,16 @@ def test_a_run_that_has_only_metrics_still_gets_a_page(tmp_path: Path) -> None:
     assert "no config.yaml" in text
 
 
+def test_a_run_with_the_sigmoid_loss_shows_its_bias_and_no_guess(tmp_path: Path, whole_page: str) -> None:
+    run = Folder(tmp_path / "sigmoid")
+    records = ({**record(step), "train/logit_bias": -10.0 - step / 100} for step in range(1, 101))
+    run.write_text("metrics.jsonl", "".join(json.dumps(values) + "\n" for values in records))
+    run.write_text("config.yaml", yaml.safe_dump({"training": {"global_batch": BATCH}, "model": {"loss": "sigmoid"}}))
+    page = write_page(tmp_path / "sigmoid")
+    for words, softmax, sigmoid in (("guessing: ln", 1, 0), ("bias of the sigmoid loss", 0, 1), ("cross-entropy", 1, 0)):
+        assert (words in whole_page, words in page) == (softmax, sigmoid), words
+
+
 def test_a_run_with_one_record_and_gaps_still_gets_a_page(tmp_path: Path) -> None:
     only = {"step": 1, "time": 1.7e9, "train/loss": math.nan, "train/lr": 1e-3}
     Folder(tmp_path / "first").write_text("metrics.jsonl", json.dumps(only) + "\n")
