@@ -197,7 +197,7 @@ def main(rank: int, folder: Path) -> None:
     for stage in (2, 3):
         engine = tiny_engine(tiny_model(), stage, 2, accumulation_steps=2)
         observed["accumulated", stage] = train(engine, 3, rank, 2, parts=2)
-    for stage, parts in ((None, 1), (1, 2), (3, 2)):
+    for stage, parts in zip(STAGES, (1, 1, 2, 2, 2), strict=True):
         engine = tiny_engine(tiny_model(**SIGMOID), stage, 2, accumulation_steps=parts)
         observed["sigmoid", stage] = train(engine, 3, rank, 2, parts)
     for stage in (None, 2):
