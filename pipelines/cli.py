@@ -9,9 +9,10 @@ import difflib
 import itertools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jsonargparse
 import yaml
@@ -58,7 +59,27 @@ def parse(job: type[Job], argv: Sequence[str] | None = None, *, prog: str | None
     Raises:
         UserError: an unknown key, a value of the wrong type, or `--config` names neither a file nor a shipped configuration.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    with _settings(job, sys.argv[1:] if argv is None else argv, prog, defaults) as (parser, namespace):
+        return job(**parser.instantiate(namespace).as_dict())
+
+
+def values(job: type, argv: Sequence[str], *, prog: str | None = None, defaults: str | None = None) -> dict[str, Any]:
+    """What `parse` would make the job of, as plain values by name, before their ranges are checked.
+
+    Raises:
+        UserError: as `parse`.
+    """
+    arguments = [argument for argument in argv if not argument.startswith("--print_config")]  # which would end here
+    with _settings(job, arguments, prog, defaults) as (_, namespace):
+        return namespace.as_dict()
+
+
+@contextmanager
+def _settings(
+    job: type, argv: Sequence[str], prog: str | None, defaults: str | None
+) -> Iterator[tuple[jsonargparse.ArgumentParser, jsonargparse.Namespace]]:
+    """The parser and what it read; what goes wrong with that, also inside, becomes a `UserError`."""
+    arguments = list(argv)
     for i, argument in enumerate(arguments):
         if argument == "--config" and i + 1 < len(arguments):
             arguments[i + 1] = config_path(arguments[i + 1])
@@ -72,7 +93,7 @@ def parse(job: type[Job], argv: Sequence[str] | None = None, *, prog: str | None
             parser.set_defaults(yaml.safe_load(defaults))
         namespace = parser.parse_args(arguments)
         namespace.pop("config", None)
-        return job(**parser.instantiate(namespace).as_dict())
+        yield parser, namespace
     except (jsonargparse.ArgumentError, argparse.ArgumentError, yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{' '.join(str(error).split())}{suggestion(parser, str(error))}") from None
 

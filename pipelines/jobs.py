@@ -19,8 +19,8 @@ class TokenizerConfig:
     """Where token ids come from."""
 
     source: str = "train"
-    """`train` learns a byte-level BPE of `model.vocab_size` ids from the captions; else a tokenizer.json, OpenAI's merges
-    file, or a Hugging Face name."""
+    """`train` learns a byte-level BPE of `model.vocab_size` ids from the captions; `init` is that of the weights `init`, and
+    the default with them; else a tokenizer.json, OpenAI's merges file, or a Hugging Face name."""
     truncation: Truncation = "end"
     """`end` keeps the end token of a caption that is too long; `official` cuts it off, as MS-CLIP's own tokenizer does."""
 
@@ -90,6 +90,10 @@ class RunConfig:
 class TrainJob:
     """Train a contrastive image-text model on a Ray cluster."""
 
+    init: str | None = None
+    """Weights to start from, instead of fresh ones: anything that `msclip.load` reads, on disk or a URL. Architecture,
+    tokenizer and pixels are then theirs by default; of `model`, only the input sizes (positions are interpolated) and what
+    concerns training alone may differ."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The encoders and what they share."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -110,6 +114,8 @@ class TrainJob:
     """Where the run keeps its files."""
 
     def __post_init__(self) -> None:
+        if self.tokenizer.source == "init" and self.init is None:
+            raise UserError("tokenizer.source init is the tokenizer of the weights to start from, and init is null; name one")
         share = self.cluster.num_workers * self.optim.accumulation_steps
         if self.training.global_batch % share:
             raise UserError(

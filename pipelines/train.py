@@ -20,6 +20,7 @@ import yaml
 
 import msclip
 from msclip import checkpoint
+from msclip.convert.weights import Weights
 from msclip.data.captions import texts
 from msclip.data.images import Preprocess
 from msclip.data.parquet import read_row_group
@@ -28,7 +29,7 @@ from msclip.data.shards import Manifest
 from msclip.data.tokenizer import Tokenizer
 from msclip.errors import TrainingError, UserError
 from msclip.storage import Folder
-from pipelines import cli
+from pipelines import cli, starting
 from pipelines.jobs import TrainJob
 
 CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"
@@ -64,27 +65,47 @@ class Prepared:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains as the command line says; returns the exit status."""
-    job, folder, resume = read_job(sys.argv[1:] if argv is None else list(argv))
-    return run(job, folder, resume)
-
-
-def read_job(argv: list[str]) -> tuple[TrainJob, Folder, bool]:
-    """The job, the run's folder, and whether it continues: `--resume RUN` takes the config from that folder."""
-    arguments = list(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
     resume = cli.take_option(arguments, "--resume")
-    if resume is None:
-        job = cli.parse(TrainJob, arguments, prog="train")
-        # As every node sees it, and as a later --resume from another place does.
-        job = replace(job, data=replace(job.data, train=Folder(job.data.train).url if job.data.train else ""))
-        return job, Folder(job.run.storage) / job.run.name, False
+    if resume is not None:
+        return run(*resumed(resume, arguments), resume=True)
+    job, start = new(arguments)
+    return run(job, Folder(job.run.storage) / job.run.name, start=start)
+
+
+def new(arguments: list[str]) -> tuple[TrainJob, Weights | None]:
+    """The job of a new run, and the weights that it starts from, if any."""
+    source = cli.values(TrainJob, arguments, prog="train")["init"]
+    start = defaults = None
+    if source is not None:
+        start = starting.read(source)
+        starting.check_architecture(start, arguments, source)
+        defaults = starting.defaults(start)
+    job = cli.parse(TrainJob, arguments, prog="train", defaults=defaults)
+    if start is not None and job.tokenizer.source == "init":
+        starting.tokenizer(start, job)  # that it has none shows before anything starts
+    # As every node sees it, and as a later --resume from another place does.
+    job = replace(job, data=replace(job.data, train=Folder(job.data.train).url if job.data.train else ""))
+    return (replace(job, init=Folder(source).url) if source is not None else job), start
+
+
+def resumed(resume: str, arguments: list[str]) -> tuple[TrainJob, Folder]:
+    """The job and the folder of a run that goes on: `--resume RUN` takes the config from that folder."""
     folder = Folder(resume)
     if not folder.exists(CONFIG):
         raise UserError(f"--resume must be the folder of a run, got {resume!r}, which has no {CONFIG}")
-    return cli.parse(TrainJob, arguments, prog="train", defaults=folder.read_text(CONFIG)), folder, True
+    saved = folder.read_text(CONFIG)
+    job = cli.parse(TrainJob, arguments, prog="train", defaults=saved)
+    if job.init != (yaml.safe_load(saved) or {}).get("init"):
+        raise UserError(
+            f"init is for new runs, and {folder.url} goes on from its own checkpoints; leave out --init {job.init}, or leave "
+            "out --resume and choose another run.name"
+        )
+    return job, folder
 
 
-def run(job: TrainJob, folder: Folder, resume: bool = False) -> int:
-    """Prepares and trains in `folder`. Raises `UserError` for what the user can mend."""
+def run(job: TrainJob, folder: Folder, resume: bool = False, start: Weights | None = None) -> int:
+    """Prepares and trains in `folder`, a new run from `start` if given. Raises `UserError` for what the user can mend."""
     if not resume and folder.exists(CONFIG):
         raise UserError(
             f"run.name {job.run.name!r} exists in {job.run.storage}; continue it with --resume {folder.url}, or choose another"
@@ -102,7 +123,9 @@ def run(job: TrainJob, folder: Folder, resume: bool = False) -> int:
 
     with claimed(folder), session.cluster(job.cluster) as started:
         use_gpu = session.uses_gpu(job.cluster, job.data.decode_cpus, started)
-        tokenizer = prepare_tokenizer(job, manifest, folder, resume)
+        tokenizer = prepare_tokenizer(job, manifest, folder, resume, start)
+        if start is not None:
+            starting.write(start, job, tokenizer, Prepared(job, folder.url, manifest, "", False).preprocess, folder)
         if not resume:
             folder.write_text(CONFIG, yaml.safe_dump(plain(job), sort_keys=False))
         prepared = Prepared(job, folder.url, manifest, tokenizer.to_json(), use_gpu)
@@ -133,12 +156,16 @@ def total_steps(job: TrainJob, manifest: Manifest) -> int:
     return total
 
 
-def prepare_tokenizer(job: TrainJob, manifest: Manifest, folder: Folder, resume: bool) -> Tokenizer:
-    """The run's tokenizer, from its folder when it continues."""
+def prepare_tokenizer(
+    job: TrainJob, manifest: Manifest, folder: Folder, resume: bool, start: Weights | None = None
+) -> Tokenizer:
+    """The run's tokenizer, from its folder when it continues, from the file of the weights it starts with if so set."""
     context, vocabulary = job.model.context_length, job.model.vocab_size
     if resume and folder.exists(TOKENIZER):
         return Tokenizer.from_json(folder.read_text(TOKENIZER))
-    if job.tokenizer.source == "train":
+    if job.tokenizer.source == "init":
+        tokenizer = starting.tokenizer(start or starting.read((folder / starting.INIT).url), job)
+    elif job.tokenizer.source == "train":
         captions = itertools.islice(read_captions(manifest), CAPTIONS_FOR_TOKENIZER)
         tokenizer = Tokenizer.train(captions, vocabulary, context)
     else:

@@ -14,6 +14,7 @@ from msclip.engine import create_engine
 from msclip.errors import TrainingError, UserError
 from msclip.storage import Folder
 from msclip.training import agree
+from pipelines import starting
 from pipelines.session import RayRun
 from pipelines.stream import ray_units
 from pipelines.train import CONFIG, Prepared, plain, versions
@@ -38,8 +39,11 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
     # Reading starts at once, so that it is under way when the engine is ready.
     batches = read_batches(prepared, run, start_step, total_steps)
     torch.manual_seed(training.seed)
+    model = msclip.build(job.model)
+    if job.init is not None and not newest:  # rank 0's weights become all ranks'
+        agree(lambda: starting.load_into(model, run.folder) if run.rank == 0 else None)
     engine = create_engine(
-        msclip.build(job.model),
+        model,
         optim,
         mean=job.pixels.mean,
         std=job.pixels.std,

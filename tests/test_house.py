@@ -50,7 +50,7 @@ def test_every_library_module_imports_without_ray_and_deepspeed_installed() -> N
 
 
 def test_the_paper_models_and_both_recipes_ship_as_configurations() -> None:
-    expected = {"ms_clip_s_b32", "ms_clip_s_b16", "ms_clip_b32", "ms_clip_s1", "clip_b32", "demo", "flickr8k"}
+    expected = {"ms_clip_s_b32", "ms_clip_s_b16", "ms_clip_b32", "ms_clip_s1", "clip_b32", "demo", "flickr8k", "finetune"}
     assert expected <= set(cli.shipped_configs())
 
 
