@@ -6,11 +6,12 @@ are always the job's own. The weights, as the job's model has them, are copied i
 there, and the run does not depend on a file that may move.
 """
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -32,8 +33,11 @@ FREE = {"image_size", "context_length"} | TRAINING
 SHOWN = 3
 
 
-def read(source: str) -> Weights:
+def read(source: str, activation: str | None = None) -> Weights:
     """The weights that `init` names.
+
+    Args:
+        activation: what the user says of it, if anything; a lone state dict does not tell it.
 
     Raises:
         UserError: they cannot be read.
@@ -41,7 +45,19 @@ def read(source: str) -> Weights:
     try:
         return checkpoint.read(source)
     except UserError as error:
+        if activation is not None:
+            with contextlib.suppress(UserError):
+                return checkpoint.read(source, {"activation": activation})
         raise UserError(f"init must name weights to start from: {error}") from error
+
+
+def said_activation(arguments: list[str]) -> str | None:
+    """`model.activation` where the user writes it: what no default changes."""
+    found = {
+        cli.values(TrainJob, arguments, prog="train", defaults=f"{{model: {{activation: {value}}}}}")["model"]["activation"]
+        for value in get_args(ModelConfig.__annotations__["activation"])
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 def defaults(weights: Weights) -> str:

@@ -78,7 +78,7 @@ def new(arguments: list[str]) -> tuple[TrainJob, Weights | None]:
     source = cli.values(TrainJob, arguments, prog="train")["init"]
     start = defaults = None
     if source is not None:
-        start = starting.read(source)
+        start = starting.read(source, starting.said_activation(arguments))
         starting.check_architecture(start, arguments, source)
         defaults = starting.defaults(start)
     job = cli.parse(TrainJob, arguments, prog="train", defaults=defaults)

@@ -85,7 +85,7 @@ def read(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, overri
         raise UserError(
             "nothing in it tells its activation, and with the wrong one all features would be wrong. OpenAI's models and those "
             "that open_clip names quickgelu have quick_gelu, open_clip's others gelu: say which to msclip.load, as "
-            'activation="quick_gelu", or to the commands, as --activation quick_gelu'
+            'activation="quick_gelu", or to the commands, as --activation quick_gelu (training: --model.activation)'
         )
     model = from_plain(state, config or {}, {**settings, **FRESH, **overrides})
     return Weights("open_clip", model, Preprocess(model.config.image_size, *preprocess), None)

@@ -13,6 +13,7 @@ from torch import Tensor
 import msclip
 from msclip import checkpoint
 from msclip.config import ModelConfig
+from msclip.convert.open_clip import WEIGHTS
 from msclip.convert.weights import CLIP_MEAN, CLIP_STD, Weights
 from msclip.convert.write import write
 from msclip.data.images import Preprocess
@@ -50,6 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pixels = Preprocess(image_size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     checkpoint.export(folder / "tiny.safetensors", model.state_dict(), model.config, tokenizer, pixels)
     write(Weights("msclip", tiny(), Preprocess(32, CLIP_MEAN, CLIP_STD), None), folder / "openai.pt", "openai")
+    write(Weights("msclip", tiny(), pixels, tokenizer), folder / "folder", "open_clip")
+    shutil.copy(folder / "folder" / WEIGHTS[0], folder / "lone.safetensors")
     job = CONFIG | {"data": {"train": str(folder / "pairs.parquet")}, "run": {"storage": str(folder / "runs")}}
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     return folder
@@ -90,6 +93,14 @@ def test_input_sizes_training_settings_and_what_agrees_may_be_written(folder: Pa
     assert described(folder, *others).pixels.mean == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_a_lone_state_dict_is_told_its_activation(folder: Path, activation: str) -> None:
+    arguments = ["--init", str(folder / "lone.safetensors"), "--model.activation", activation, "--tokenizer.source", "train"]
+    job, weights = train.new(["--config", str(folder / "job.yaml"), *arguments])
+    assert weights is not None
+    assert job.model.activation == weights.model.config.activation == activation
+
+
 def test_the_config_of_the_run_that_made_a_file_agrees_with_it(folder: Path, tmp_path: Path) -> None:
     values = yaml.safe_load((folder / "job.yaml").read_text())
     values["model"] = msclip.load(folder / "tiny.safetensors").config.to_dict()
@@ -118,6 +129,8 @@ def test_the_tokenizer_is_the_files_for_captions_of_the_jobs_length(folder: Path
         ),
         (("--init", "tiny.safetensors", "--config", "ms_clip_b32"), "model.sharing.layers is none there and all here"),
         (("--init", "tiny.safetensors", "--model.image_size", "40"), "model.image_size must be a multiple of model.patch_size"),
+        (("--init", "lone.safetensors"), "--model.activation"),
+        (("--init", "folder", "--model.activation", "gelu"), "model.activation is quick_gelu there and gelu here"),
         (("--init", "openai.pt"), "hold no tokenizer: set tokenizer.source"),
         (("--tokenizer.source", "init"), "init is null"),
         (("--init", "tiny.safetensors", "--tokenizer.source", "/no/merges.txt"), "/no/merges.txt"),
@@ -126,7 +139,7 @@ def test_the_tokenizer_is_the_files_for_captions_of_the_jobs_length(folder: Path
 def test_a_mistake_is_one_paragraph_before_anything_is_written(
     folder: Path, ray_session: None, capfd: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
 ) -> None:
-    known = [str(folder / a) if (folder / a).is_file() else a for a in arguments]
+    known = [str(folder / a) if (folder / a).exists() and a[0] != "/" else a for a in arguments]
     assert start(folder, "--run.name", "mistaken", *known) == 2
     error = capfd.readouterr().err
     assert words in error
