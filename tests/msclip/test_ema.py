@@ -64,9 +64,11 @@ def test_a_resumed_average_equals_the_unbroken_one_to_the_last_bit() -> None:
 
 
 def test_without_a_saved_average_it_starts_from_the_weights_of_the_checkpoint() -> None:
-    state = tiny_engine(tiny_model(batch_norm=True)).full_state()
+    without = tiny_engine(tiny_model(batch_norm=True))
+    train(without, 1)
+    state = without.full_state()
     engine = tiny_engine(tiny_model(batch_norm=True, seed=4), ema_decay=0.9)
-    engine.load_full_state(*state, step=0)
+    engine.load_full_state(*state, step=1)
     average = engine.averaged_state()
     assert all(torch.equal(average[name], state[0][name]) for name in state[0])
 
