@@ -93,6 +93,21 @@ def test_input_sizes_training_settings_and_what_agrees_may_be_written(folder: Pa
     assert described(folder, *others).pixels.mean == (0.5, 0.5, 0.5)
 
 
+def test_weights_and_runs_may_lie_in_an_object_store(folder: Path, s3_url: str) -> None:
+    store = Folder(s3_url)
+    store.upload(folder / "tiny.safetensors", "weights.safetensors")
+    url, run = (store / "weights.safetensors").url, store / "run"
+    job, weights = train.new(["--config", str(folder / "job.yaml"), "--init", url, "--model.image_size", "48"])
+    assert weights is not None
+    assert job.init == url
+    starting.write(weights, job, starting.tokenizer(weights, job), Preprocess(48), run)
+    model = msclip.build(job.model)
+    starting.load_into(model, run)
+    assert torch.equal(model.get_parameter("projection.text.weight"), weights.model.get_parameter("projection.text.weight"))
+    with pytest.raises(msclip.UserError, match="init must name weights"):
+        train.new(["--config", str(folder / "job.yaml"), "--init", (store / "missing.safetensors").url])
+
+
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_a_lone_state_dict_is_told_its_activation(folder: Path, activation: str) -> None:
     arguments = ["--init", str(folder / "lone.safetensors"), "--model.activation", activation, "--tokenizer.source", "train"]
