@@ -47,8 +47,8 @@ class OptimConfig:
     clip_grad_norm: float | None = None
     """Longest gradient, over all parameters together; a longer one is scaled down to it. Null = no limit, as official."""
     layer_decay: float = 1.0
-    """Factor of the learning rate from one layer to the next below it (arXiv 2003.10555, 2106.08254): the head has the full
-    rate, the input the smallest. For fine-tuning, 0.6 to 0.9; 1 = the same rate everywhere."""
+    """Factor of the learning rate, warm-up and min_lr included, from one layer to the next below it (arXiv 2003.10555,
+    2106.08254): the head has the full rate, the input the smallest. For fine-tuning; 1 = the same rate everywhere."""
     ema_decay: float | None = None
     """What a step leaves of the moving average of the weights, such as 0.999; in the first steps less, min(ema_decay,
     (1 + step) / (10 + step)). Each checkpoint then has the average beside the weights. Null = no average."""
