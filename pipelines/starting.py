@@ -1,9 +1,9 @@
 """A training that starts from existing weights: what it takes from their file, and what it may say otherwise.
 
 What a user does not write of `model`, `tokenizer` and `pixels` is the file's. What a user does write of `model` must be the
-file's too, apart from the input sizes, to which positions are interpolated, and settings that concern training alone, which
-are always the job's own. The weights, as the job's model has them, are copied into the run's folder: every node reads them
-there, and the run does not depend on a file that may move.
+file's too, apart from the input sizes, to which positions are interpolated, the loss, and settings that concern training
+alone, which are always the job's own. The weights, as the job's model has them, are copied into the run's folder: every node
+reads them there, and the run does not depend on a file that may move.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 import yaml
 
 from msclip import checkpoint
@@ -29,7 +30,7 @@ from pipelines.jobs import TrainJob
 
 INIT = "init.safetensors"
 TRAINING = TRAINING_ONLY - FRESH.keys()
-FREE = {"image_size", "context_length"} | TRAINING
+FREE = {"image_size", "context_length", "loss"} | TRAINING
 SHOWN = 3
 
 
@@ -113,9 +114,12 @@ def tokenizer(weights: Weights, job: TrainJob) -> Tokenizer:
 
 
 def write(weights: Weights, job: TrainJob, tokenizer: Tokenizer, preprocess: Preprocess, folder: Folder) -> None:
-    """Copies the weights, resized to the job's model, into the run's folder."""
+    """Copies the weights, resized to the job's model and with the bias that its loss has or has not, into the run's folder."""
     resized = resize_positions(weights.model, job.model.image_size, job.model.context_length)
     state = {name: t.float() if t.is_floating_point() else t for name, t in resized.state_dict().items()}
+    bias = state.pop("logit_bias", torch.tensor([job.model.logit_bias_init]))
+    if job.model.loss == "sigmoid":
+        state["logit_bias"] = bias
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / INIT
         checkpoint.export(file, state, job.model, tokenizer, preprocess, {"init": job.init, "layout": weights.layout})

@@ -108,6 +108,26 @@ def test_weights_and_runs_may_lie_in_an_object_store(folder: Path, s3_url: str) 
         train.new(["--config", str(folder / "job.yaml"), "--init", (store / "missing.safetensors").url])
 
 
+def test_another_loss_adds_its_bias_or_leaves_it_out(folder: Path, tmp_path: Path) -> None:
+    sigmoid = described(folder, "--model.loss", "sigmoid", "--model.logit_bias_init", "-7.0")
+    weights = starting.read(str(folder / "tiny.safetensors"))
+    tokenizer = starting.tokenizer(weights, sigmoid)
+    run = Folder(str(tmp_path / "sigmoid"))
+    starting.write(weights, sigmoid, tokenizer, weights.preprocess, run)
+    model = msclip.build(sigmoid.model)
+    starting.load_into(model, run)
+    assert model.logit_bias is not None
+    assert model.logit_bias.tolist() == [-7.0]
+    back = described(folder)
+    starting.write(
+        starting.read((run / starting.INIT).url), back, tokenizer, weights.preprocess, Folder(str(tmp_path / "back"))
+    )
+    again = msclip.build(back.model)
+    starting.load_into(again, Folder(str(tmp_path / "back")))
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, weights.model.state_dict()[name])
+
+
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_a_lone_state_dict_is_told_its_activation(folder: Path, activation: str) -> None:
     arguments = ["--init", str(folder / "lone.safetensors"), "--model.activation", activation, "--tokenizer.source", "train"]
