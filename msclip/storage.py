@@ -1,8 +1,9 @@
 """One folder on a local disk or in an object store, with the few verbs that runs, shards and checkpoints need.
 
 Local files appear whole or not at all: written beside their place, synchronised, then renamed. Object stores give the
-same promise for one object. Anything `pyarrow.fs.FileSystem.from_uri` knows works (s3, gs, abfs, hdfs); query
-parameters such as `?endpoint_override=host:port&scheme=http` stay with every folder below.
+same promise for one object. Anything `pyarrow.fs.FileSystem.from_uri` knows works (s3, gs, abfs, hdfs), and anything that
+fsspec knows and is installed for (http, sftp, hf, memory, ...); query parameters such as
+`?endpoint_override=host:port&scheme=http` stay with every folder below.
 """
 
 import fnmatch
@@ -12,7 +13,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from urllib.parse import quote, unquote
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote
 
 import pyarrow
 from pyarrow import fs
@@ -21,6 +23,7 @@ from msclip.errors import UserError
 
 _TEMPORARY = ".tmp-"
 _COPY_BYTES = 8 * 2**20
+_PYARROW = {f"{scheme}://" for scheme in ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "local", "mock")}
 
 
 def _remote(url: str) -> tuple[str, str, str] | None:
@@ -30,6 +33,13 @@ def _remote(url: str) -> tuple[str, str, str] | None:
         return None
     rest, mark, query = rest.partition("?")
     return scheme + "://", rest.rstrip("/"), mark + query
+
+
+def _fsspec(url: str) -> tuple[fs.FileSystem, str]:
+    from fsspec.core import url_to_fs
+
+    filesystem, path = url_to_fs(url)
+    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
 
 class Folder:
@@ -61,8 +71,9 @@ class Folder:
 
     def _connect(self) -> None:
         try:
-            self._filesystem, self._path = fs.FileSystem.from_uri(self.url)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as error:
+            connect = fs.FileSystem.from_uri if self._scheme in _PYARROW else _fsspec
+            self._filesystem, self._path = connect(self.url)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError, ImportError) as error:
             raise UserError(
                 f"cannot use the folder {self.url!r}: {error}; give a local path or a URL such as s3://bucket/path"
             ) from error
@@ -96,8 +107,13 @@ class Folder:
         child = Folder.__new__(Folder)
         child.local, child._filesystem = None, self._filesystem
         child._scheme, child._query = self._scheme, self._query
-        child._rest = f"{self._rest}/{quote(str(parts))}" if str(parts) != "." else self._rest
-        child._path = f"{self._path}/{parts}" if str(parts) != "." else self._path
+        rest = path = str(parts)
+        if not isinstance(self._filesystem, fs.PyFileSystem):
+            rest = quote(rest)
+        elif self._scheme in ("http://", "https://"):
+            rest = path = quote(rest)  # of what fsspec knows, the web alone has names in quotation
+        child._rest = f"{self._rest}/{rest}" if str(parts) != "." else self._rest
+        child._path = f"{self._path}/{path}" if str(parts) != "." else self._path
         child.url = child._scheme + child._rest + child._query
         return child
 
@@ -152,11 +168,68 @@ class Folder:
             with self._replacing(name) as temporary:
                 temporary.write_bytes(data)
         else:
-            with self.filesystem.open_output_stream((self / name).path) as stream:
+            with self.open_output(name) as stream:
                 stream.write(data)
 
     def write_text(self, name: str, text: str) -> None:
         self.write_bytes(name, text.encode())
+
+    def write_new(self, name: str, data: bytes) -> None:
+        """Writes a file that must not be there yet: of any number of writers at the same time one succeeds.
+
+        Local disks and S3 promise that, and fsspec where the protocol has exclusive creation. Elsewhere the file is only
+        looked for first.
+
+        Raises:
+            FileExistsError: the file is there, and stays as it is.
+        """
+        path = (self / name).path
+        if self.local is not None:
+            with self._replacing(name, new=True) as temporary:
+                temporary.write_bytes(data)
+        elif self._filesystem is not None and self._filesystem.type_name == "s3":
+            self._put_new(path, data)
+        elif isinstance(self._filesystem, fs.PyFileSystem):
+            self._make_parent(path)
+            self._filesystem.handler.fs.pipe_file(path, data, mode="create")
+        elif self.exists(name):
+            raise FileExistsError(f"{self.url}/{name} exists")
+        else:
+            self.write_bytes(name, data)
+
+    def _put_new(self, path: str, data: bytes) -> None:
+        import boto3  # pyarrow's S3 has no conditional put
+        from botocore.exceptions import ClientError
+
+        query = {key: values[-1] for key, values in parse_qs(self._query.removeprefix("?")).items()}
+        options: dict[str, Any] = {"region_name": query.get("region")}
+        if host := query.get("endpoint_override"):
+            options["endpoint_url"] = host if "://" in host else f"{query.get('scheme', 'https')}://{host}"
+        bucket, _, key = path.partition("/")
+        client = boto3.client("s3", **options)
+        for attempt in range(5):
+            try:
+                client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+                return
+            except ClientError as error:
+                status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+                if status == 412:
+                    raise FileExistsError(f"{self.url}: {key} exists") from None
+                # 409: another write to this key is under way, and only a new attempt tells how it ended.
+                if status != 409 or attempt == 4:
+                    raise OSError(f"cannot write {key} to {self.url}: {error}") from error
+
+    def open_output(self, name: str) -> Any:
+        """A binary stream to write a file piece by piece; while it is open, a local file is there in part."""
+        path = (self / name).path
+        self._make_parent(path)
+        return self.filesystem.open_output_stream(path)
+
+    def _make_parent(self, path: str) -> None:
+        if self.local is not None:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        elif isinstance(self._filesystem, fs.PyFileSystem):  # of object stores only some want one
+            self._filesystem.handler.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
 
     def append_text(self, name: str, text: str) -> None:
         """Adds to the end of a file. Object stores cannot: keep the file locally and `upload` it."""
@@ -202,8 +275,12 @@ class Folder:
             target.filesystem.delete_file(target.path)
 
     @contextmanager
-    def _replacing(self, name: str) -> Iterator[Path]:
-        """A temporary path beside `name`, renamed onto it at the end of a body that raised nothing."""
+    def _replacing(self, name: str, new: bool = False) -> Iterator[Path]:
+        """A temporary path beside `name`, renamed onto it at the end of a body that raised nothing.
+
+        Args:
+            new: `name` must not be there: else `FileExistsError`.
+        """
         assert self.local is not None
         path = self.local / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +291,23 @@ class Folder:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            if new:
+                _move_new(temporary, path)
+            else:
+                os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _move_new(temporary: Path, path: Path) -> None:
+    """Renames without replacing. Raises `FileExistsError`."""
+    try:
+        os.link(temporary, path)  # the one way to rename that fails where the target exists
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links here, as on FAT and some network disks
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        os.replace(temporary, path)
+        return
+    temporary.unlink()

@@ -5,6 +5,7 @@ import os
 import pickle
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from msclip.errors import UserError
 from msclip.storage import Folder
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "memory"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Folder]:
     if request.param == "local":
         yield Folder(tmp_path / "runs")
         return
-    folder = Folder(request.getfixturevalue("s3_url")) / request.node.name.partition("[")[0]
+    # What fsspec alone knows, stands for all that it knows.
+    url = "memory://bucket/runs" if request.param == "memory" else request.getfixturevalue("s3_url")
+    folder = Folder(url) / request.node.name.partition("[")[0]
     yield folder
     folder.delete()
 
@@ -109,3 +112,53 @@ def test_a_relative_path_stays_the_same_folder_in_another_directory(tmp_path: Pa
 def test_a_url_no_file_system_knows_is_the_users_mistake(url: str) -> None:
     with pytest.raises(UserError, match="s3://"):
         Folder(url)
+
+
+@pytest.mark.parametrize("place", ["local", "s3", "memory"])
+def test_of_writers_at_the_same_time_one_makes_a_new_file(place: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    urls = {"local": str(tmp_path / "new"), "memory": f"memory://{tmp_path.name}/new"}
+    folder = Folder(urls.get(place) or request.getfixturevalue("s3_url")) / "versions"
+
+    def write(writer: int) -> bool:
+        try:
+            folder.write_new("one.json", f"writer {writer} ".encode() * 1000)
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(write, range(8)))
+    assert sum(done) == 1
+    assert folder.read_text("one.json") == f"writer {done.index(True)} " * 1000
+    assert folder.names() == ["one.json"]
+    folder.delete()
+
+
+def test_a_new_file_needs_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "no links on this disk")
+
+    monkeypatch.setattr(os, "link", refuse)
+    folder = Folder(tmp_path)
+    folder.write_new("a", b"first")
+    with pytest.raises(FileExistsError):
+        folder.write_new("a", b"second")
+    assert folder.read_bytes("a") == b"first"
+    assert folder.names() == ["a"]
+
+
+def test_a_stream_writes_below_folders_that_are_not_there_yet(folder: Folder) -> None:
+    with folder.open_output("deep/er/rows") as stream:
+        for part in (b"one ", b"two"):
+            stream.write(part)
+    assert folder.read_bytes("deep/er/rows") == b"one two"
+
+
+def test_the_environment_may_name_another_s3(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = s3_url.partition("%3A")[2].partition("&")[0]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    folder = Folder("s3://bucket/by-environment")
+    folder.write_new("a.txt", b"here")
+    with pytest.raises(FileExistsError):
+        folder.write_new("a.txt", b"there")
+    assert (Folder(s3_url.replace("bucket/runs", "bucket/by-environment"))).read_bytes("a.txt") == b"here"
