@@ -71,7 +71,7 @@ class Folder:
 
     def _connect(self) -> None:
         try:
-            connect = fs.FileSystem.from_uri if self._scheme in _PYARROW else _fsspec
+            connect: Any = fs.FileSystem.from_uri if self._scheme in _PYARROW else _fsspec
             self._filesystem, self._path = connect(self.url)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError, ImportError) as error:
             raise UserError(
