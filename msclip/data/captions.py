@@ -64,7 +64,9 @@ def column(names: Sequence[str], given: str | None, usual: Sequence[str], settin
 def texts(value: Any) -> list[str]:
     """The captions in a cell, whether it holds one, several or none; blank ones are none."""
     values = value if isinstance(value, list) else [value]
-    return [str(text).strip() for text in values if text is not None and str(text).strip()]
+    found = (str(text).strip() for text in values if text is not None)
+    # JSON can hold halves of a character pair, which no UTF-8 file can.
+    return [text if text.isascii() else text.encode(errors="replace").decode() for text in found if text]
 
 
 def read_captions(
