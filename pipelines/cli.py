@@ -7,6 +7,7 @@ A job is a frozen dataclass. `--config` takes a file or the name of a shipped YA
 import argparse
 import difflib
 import itertools
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +125,22 @@ def take_option(arguments: list[str], name: str) -> str | None:
             del arguments[i]
             return argument.removeprefix(name + "=")
     return None
+
+
+def gather(argv: Sequence[str], name: str) -> list[str]:
+    """Turns `name A B` into the one list that the parser takes."""
+    arguments: list[str] = []
+    given: list[str] | None = None
+    for argument in argv:
+        if argument == name:
+            given = []
+        elif given is not None and not argument.startswith("--"):
+            given.append(argument)
+        else:
+            arguments += [name, json.dumps(given)] if given is not None else []
+            given = None
+            arguments.append(argument)
+    return arguments + ([name, json.dumps(given)] if given is not None else [])
 
 
 def guard(main: Callable[[], int | None]) -> int:

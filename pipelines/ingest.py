@@ -1,93 +1,140 @@
 """Image-text pairs to shards: `python -m pipelines.ingest --input photos/ --captions captions.csv --output shards/`.
 
-Every image is decoded once, in full, so that training meets only good ones; what is refused is listed with its reason in
-quarantine.jsonl. Rows are shuffled over the whole data set, by a seed. An image folder is read in the shuffled order, a
-task for each shard; Parquet is read in its own order, and Ray Data carries each row to its shard. The manifest is written
-last: a folder without one is not a finished data set, which is why the shards lie in a folder of their own below it. A
-file INGESTING stands there from the first write to the manifest, so that only what an ingest left is taken for it.
+Ray Data reads the input once, unit by unit: every image is decoded in full, hashed and, if asked, scaled, and waits in a
+scratch folder of the output. Only the rows' hashes and places come to this process, which decides what stays (evaluation
+sets, duplicates, the cap per query), in what order, and in which shard; then each shard is a task. What does not stay is
+listed with its reason in quarantine.jsonl.
+
+A data set has versions. An ingest into a folder that holds one adds shards and publishes the next version; if another ingest
+published meanwhile, this one decides again with the other's rows in view, and comes after it.
 """
 
-import json
-import logging
-import pickle
-import re
+import contextlib
+import itertools
+import platform
 import sys
-import threading
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
-from itertools import pairwise
-from typing import Any
+from importlib.metadata import version
+from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-from pyarrow import fs
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
+import msclip
 from msclip.data.captions import Refused
-from msclip.data.shards import FORMAT, MANIFEST, Manifest
-from msclip.data.sources import Source, open_source
+from msclip.data.parquet import find, read_footer
+from msclip.data.prepare import CaptionRules, Format, ImageRules
+from msclip.data.queries import Queries
+from msclip.data.selection import Deduplicate
+from msclip.data.shards import Manifest, newest
+from msclip.data.sources import BYTES_NAMES, Source, open_source
+from msclip.data.statistics import Statistics
 from msclip.errors import UserError
 from msclip.storage import Folder
-from pipelines import cli, session
-from pipelines.ingest_tasks import SHARDS, Tally, Work, Written
+from pipelines import cli, data_page, session
+from pipelines.ingest_folder import QUARANTINE, check_output, clear, discard_shards, ingesting
+from pipelines.ingest_plan import Decision, write_records
+from pipelines.ingest_run import Cluster
+from pipelines.ingest_tasks import Known, Work, Written
 from pipelines.jobs import ClusterConfig
-
-QUARANTINE = "quarantine.jsonl"
-INGESTING = "INGESTING"
-_WRITTEN = re.compile(r"\d{5,}\.parquet|\.tmp-\d+-[0-9a-f]{12}")  # a shard, or what a killed task left of its copy
 
 
 @dataclass(frozen=True)
 class IngestJob:
-    """Turn a folder of images with captions, or Parquet with image bytes, into verified and shuffled shards."""
+    """Turn image-text pairs into verified and shuffled shards: a new data set, or the next version of one."""
 
     input: str
-    """A folder of images (with a table of captions), or Parquet with image bytes: a file, a folder or a glob; local or s3://."""
+    """A folder of images (with a table of captions, or .txt and .json beside them); Parquet with image bytes, or tars as of
+    webdataset and img2dataset: a file, a folder or a glob; local, s3:// or any URL that fsspec knows."""
     output: str
-    """Folder for the shards, manifest.json and quarantine.jsonl; local, or shared by all nodes."""
+    """Folder for the shards, manifest.json and quarantine.jsonl; local, or shared by all nodes. Where it holds a data set,
+    the new rows are added as its next version."""
     captions: str | None = None
-    """Table of captions for a folder of images: CSV, TSV, JSONL or Parquet; null for the only one inside the folder."""
+    """Table of captions for a folder of images: CSV, TSV, JSONL or Parquet; null for the only one inside the folder, else
+    the files beside the images."""
     image_column: str | None = None
     """Column with the image's path (in captions) or bytes (in Parquet); null for usual names: image, file, path, ..."""
     caption_column: str | None = None
-    """Column with a caption or a list of them; null for usual names: captions, caption, text, title."""
+    """Column, or in JSON beside an image the field, with a caption or a list of them; null for usual names: captions, caption,
+    text, title."""
     key_column: str | None = None
     """Column of Parquet that identifies a row; null for key or id, else file and row."""
     source: str | None = None
     """Name recorded as the source of rows that have none; null for the input's own name."""
-    shuffle_seed: int | None = 0
-    """Rows are shuffled over the whole data set by this seed; null keeps the input's order."""
     image_short_side: int | None = None
-    """Images with a longer shorter side are scaled down to this and stored as JPEG; null stores every file as it is."""
+    """Images with a longer shorter side are scaled down to this; null scales none. None is ever enlarged."""
+    image_format: Format | None = None
+    """`jpeg` or `webp`: every image is stored so; null: what is scaled becomes JPEG, and other files stay as they are."""
+    image_quality: int = 92
+    """Of what is encoded anew, 1 to 100."""
+    min_image_side: int = 1
+    """Images with a shorter side below this many pixels are left out."""
+    max_aspect_ratio: float | None = None
+    """Images whose longer side is more than this many times the shorter are left out; null for no limit."""
+    min_caption_chars: int = 1
+    """Shorter captions are left out, and with its last caption the row."""
+    max_caption_chars: int | None = None
+    """Longer captions likewise; null for no limit."""
+    deduplicate: Deduplicate = "none"
+    """`exact` leaves out images whose file has come before, and gives their captions to the one that stays; `near` also those
+    that look like one before. What is in the output already comes first."""
+    near_distance: int = 4
+    """Perceptual hashes of 64 bits that differ in at most this many look alike: for deduplicate near and decontaminate."""
+    decontaminate: list[str] = field(default_factory=list)
+    """Parquet files, folders or globs of evaluation sets: rows whose image is in one of them, or looks alike, are left out."""
+    queries: str | None = None
+    """A text file with a query in each line: only rows with a caption that includes one stay, see pairs_per_query."""
+    pairs_per_query: int = 20_000
+    """Of the rows that match a query at most this many, drawn by lot, are taken for it; CLIP's own cap is the default."""
+    shuffle_seed: int | None = 0
+    """Rows are shuffled over the whole input by this seed; null keeps the input's order."""
     shard_rows: int = 4096
-    """Rows of a shard, bad ones included."""
+    """Rows of a shard."""
+    shard_mib: int = 1024
+    """A shard ends before its images exceed this many MiB."""
     row_group_rows: int = 256
-    """Rows of a row group, which is what training reads at a time."""
+    """Rows of a row group, which is what training reads at a time; also ended by 64 MiB of images."""
     overwrite: bool = False
-    """Replace the data set that is in the output folder; files that no ingest wrote stay."""
+    """Replace the data set in the output folder and all its versions; files that no ingest wrote stay."""
     address: str | None = None
     """A Ray cluster to join; local for a new one on this machine; null for the one running here, else new."""
 
     def __post_init__(self) -> None:
-        for name in ("shard_rows", "row_group_rows", "image_short_side"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
+        for name in ("shard_rows", "shard_mib", "row_group_rows", "pairs_per_query"):
+            if (value := getattr(self, name)) < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if self.shuffle_seed is not None and self.shuffle_seed < 0:
             raise UserError(f"shuffle_seed must not be negative, got {self.shuffle_seed}")
+        if not 0 <= self.near_distance <= 16:
+            raise UserError(f"near_distance must be from 0 to 16 of the 64 bits, got {self.near_distance}")
+        encodes = self.image_short_side is not None or self.image_format is not None
+        used = {
+            "image_quality": (encodes, "image_short_side or image_format"),
+            "near_distance": (self.deduplicate == "near" or self.decontaminate, "deduplicate near or decontaminate"),
+            "pairs_per_query": (self.queries is not None, "queries"),
+        }
+        for field_ in fields(self):
+            if field_.name in used and getattr(self, field_.name) != field_.default and not used[field_.name][0]:
+                raise UserError(f"{field_.name} is only used with {used[field_.name][1]}, which is not set")
+
+    @property
+    def image_rules(self) -> ImageRules:
+        """Which images are let in, and how they are stored."""
+        return ImageRules(
+            self.image_short_side, self.image_format, self.image_quality, self.min_image_side, self.max_aspect_ratio
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Ingests as the command line says; returns the exit status."""
-    run(cli.parse(IngestJob, argv, prog="ingest"))
+    arguments = cli.gather(sys.argv[1:] if argv is None else argv, "--decontaminate")
+    run(cli.parse(IngestJob, arguments, prog="ingest"))
     return 0
 
 
 def run(job: IngestJob) -> Manifest:
-    """Ingests and returns the new data set's manifest.
+    """Ingests and returns the data set's new version.
 
     Raises:
         UserError: the input is missing or unusable, or the output folder holds something that is not to be replaced.
@@ -96,156 +143,173 @@ def run(job: IngestJob) -> Manifest:
     output = Folder(job.output)
     if f"{Folder(job.input).path}/".startswith(f"{output.path}/"):
         raise UserError(f"output must not be or hold the input, got output {job.output!r} and input {job.input!r}")
+    check_output(output, job.overwrite)
+    rules = job.image_rules, CaptionRules(job.min_caption_chars, job.max_caption_chars)
+    queries = Queries.read(job.queries) if job.queries else None
+    evaluation = [known for spec in job.decontaminate for known in _evaluation_groups(spec)]
     source = open_source(job.input, job.captions, job.image_column, job.caption_column, job.key_column, job.source)
-    places, refused = source.places()
-    if not len(places):
-        raise UserError(f"nothing to ingest in {job.input!r}: no image has a caption. {_reasons(refused)}")
-    _check_output(output, job.overwrite)
-    with session.cluster(ClusterConfig(address=job.address)):
-        output.write_text(INGESTING, "An ingest writes here, or was interrupted; the next one starts over.\n")
-        _clear(output)
-        written = _write(job, source, places, output)
-    shards = [w.shard for w in written if w.shard]
-    rows = sum(shard.rows for shard in shards)
-    bad = [record for w in written for record in w.refused]
-    if rows + len(bad) != len(places):
-        raise RuntimeError(f"of {len(places)} rows {rows} were written and {len(bad)} refused")
-    refused += bad
-    output.write_text(QUARANTINE, "".join(json.dumps(asdict(r), ensure_ascii=False) + "\n" for r in refused))
-    if not rows:
-        raise UserError(f"none of the {len(places):,} images could be used; {output.url}/{QUARANTINE} says why")
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    sources = sum((Counter(w.sources) for w in written), Counter[str]())
-    manifest = Manifest(output, tuple(shards), quarantined=len(refused), sources=sources, created=created)
-    manifest.write()
-    output.delete(INGESTING)
-    size = sum(shard.size for shard in shards) / 2**20
-    print(f"ingested {rows:,} rows into {len(shards):,} shards ({size:,.1f} MiB): {output.url}")
-    print(f"quarantined {len(refused):,}: {_reasons(refused)} ({output.url}/{QUARANTINE})" if refused else "quarantined 0")
+    units, unread = source.units()
+    if not units:
+        told = _reasons(Counter(record.reason.partition(":")[0] for record in unread))
+        raise UserError(f"nothing to ingest in {job.input!r}: no image has a caption. {told}")
+    if not job.overwrite:
+        _check_new(job, newest(output))
+    with session.cluster(ClusterConfig(address=job.address)), ingesting(output) as own:
+        if job.overwrite:
+            clear(output)
+        with Cluster(Work(source, output, own, job.row_group_rows, *rules, queries, None), units) as cluster:
+            manifest = _Ingest(job, source, output, own, unread, cluster, evaluation).run()
+        if manifest.ingests and manifest.ingests[-1]["id"] == own:
+            data_page.write(manifest)
+            _say(manifest)
     return manifest
 
 
-def _reasons(refused: Iterable[Refused]) -> str:
-    counts = Counter(r.reason.partition(":")[0] for r in refused)
-    return ", ".join(f"{n:,} {reason}" for reason, n in counts.most_common())
+def _check_new(job: IngestJob, present: Manifest | None) -> None:
+    """Raises `UserError` for an input that would be in the data set twice."""
+    for ingest in present.ingests if present else ():
+        if ingest["input"] == Folder(job.input).url and job.deduplicate == "none":
+            raise UserError(
+                f"input {job.input!r} is in {job.output!r} already, since version {ingest['version']} of {ingest['created']}, "
+                "and its rows would be there twice; --deduplicate exact adds only new ones, --overwrite true starts over"
+            )
 
 
-def _check_output(output: Folder, overwrite: bool) -> None:
-    """Raises `UserError` unless the folder is empty, holds what an interrupted ingest left, or may be overwritten."""
-    if output.exists(MANIFEST):
-        if not _is_manifest(output):
-            raise UserError(f"output {output.url} has a {MANIFEST} that no ingest wrote; choose another folder")
-        if not overwrite:
-            raise UserError(f"output {output.url} holds a data set already; choose another folder, or --overwrite true")
-    elif not overwrite and not output.exists(INGESTING) and (names := output.names()):
-        raise UserError(
-            f"output {output.url} must be empty, and it has {', '.join(names[:5])}; choose another folder, or --overwrite "
-            f"true, which replaces {QUARANTINE} and {SHARDS}/00000.parquet, ... and leaves other files"
+def _evaluation_groups(spec: str) -> list[Known]:
+    folder, files = find(spec)
+    known = []
+    for file in files:
+        footer = read_footer(folder, file)[0]
+        names = footer.schema.to_arrow_schema().names
+        column = next((name for name in BYTES_NAMES if name in names), None)
+        if column is None:
+            raise UserError(
+                f"decontaminate {spec!r}: {file} has none of the usual image columns {', '.join(BYTES_NAMES)}, but "
+                f"{', '.join(names)}"
+            )
+        known += [Known(folder, file, group, column) for group in range(footer.num_row_groups)]
+    return known
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n:,} {reason}" for reason, n in Counter(counts).most_common())
+
+
+@dataclass
+class _Ingest:
+    """One ingest on a cluster, from the input to the published version."""
+
+    job: IngestJob
+    source: Source
+    output: Folder
+    id: str
+    unread: list[Refused]
+    """What is refused without being opened."""
+    cluster: Cluster
+    evaluation: list[Known]
+
+    def run(self) -> Manifest:
+        """Reads once, then decides and writes until a version is published."""
+        job = self.job
+        rows = self.cluster.prepare()
+        evaluation = self.cluster.hash_known(self.evaluation)
+        while True:
+            base = self._base()
+            looked_at = base and (job.deduplicate != "none" or job.queries)
+            present = self.cluster.hash_known(_row_groups(base) if base and looked_at else [])
+            cap = job.pairs_per_query if job.queries else None
+            decision = Decision(rows, present, evaluation, job.deduplicate, job.near_distance, cap, job.shuffle_seed)
+            shards = decision.shards(job.shard_rows, job.shard_mib * 2**20)
+            dropped = self._quarantine(itertools.chain(self.unread, decision.refused()))
+            if not shards:
+                return self._nothing(base, dropped)
+            manifest = self._manifest(base, self.cluster.write(shards), dropped, len(rows) + len(self.unread))
+            try:
+                manifest.publish()
+            except FileExistsError:
+                print(f"another ingest has published version {manifest.version}: deciding again", flush=True)
+                discard_shards(self.output, self.id)
+                self.cluster.rewrite()
+            else:
+                return manifest
+
+    def _base(self) -> Manifest | None:
+        """The version to add to; a data set from before there were versions becomes the first."""
+        base = newest(self.output)
+        if base and not base.version:
+            with contextlib.suppress(FileExistsError):  # another ingest did it
+                replace(base, version=1).publish()
+            return newest(self.output)
+        return base
+
+    def _quarantine(self, records: Iterator[Refused]) -> Counter[str]:
+        with tempfile.TemporaryDirectory() as scratch:
+            local = Path(scratch) / QUARANTINE
+            counts = write_records(records, local)
+            for name in (f"quarantine-{self.id}.jsonl", QUARANTINE):
+                self.output.upload(local, name)
+        return counts
+
+    def _nothing(self, base: Manifest | None, dropped: Counter[str]) -> Manifest:
+        told = f"{_reasons(dropped)} ({self.output.url}/{QUARANTINE})"
+        if base is None:
+            raise UserError(f"none of the {sum(dropped.values()):,} rows of {self.job.input!r} could be used: {told}")
+        print(f"nothing to add: {told}; version {base.version} of {base.rows:,} rows stays the newest")
+        return base
+
+    def _manifest(self, base: Manifest | None, written: list[Written], dropped: Counter[str], read: int) -> Manifest:
+        kept = sum(each.shard.rows for each in written)
+        if kept + sum(dropped.values()) != read:
+            raise RuntimeError(f"of {read} rows {kept} were written and {sum(dropped.values())} refused")
+        base = base or Manifest(self.output, ())
+        statistics = Statistics.from_dict(base.statistics)
+        for each in written:
+            statistics.merge(Statistics.from_dict(each.statistics))
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        ingest = {
+            "version": base.version + 1,
+            "id": self.id,
+            "created": created,
+            "input": Folder(self.job.input).url,
+            "source": self.source.name,
+            "read": read,
+            "kept": kept,
+            "dropped": dict(dropped.most_common()),
+            "quarantine": f"quarantine-{self.id}.jsonl",
+            "settings": {name: value for name, value in asdict(self.job).items() if name not in ("overwrite", "address")},
+            "software": {
+                "msclip": msclip.__version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("pillow", "pyarrow", "ray")},
+            },
+        }
+        return Manifest(
+            self.output,
+            (*base.shards, *(each.shard for each in written)),
+            quarantined=base.quarantined + sum(dropped.values()),
+            sources=sum((Counter(each.sources) for each in written), Counter(base.sources)),
+            created=created,
+            version=base.version + 1,
+            statistics=statistics.to_dict(),
+            ingests=(*base.ingests, ingest),
         )
 
 
-def _is_manifest(output: Folder) -> bool:
-    try:
-        return str(json.loads(output.read_text(MANIFEST))["format"]).startswith(FORMAT.partition("/")[0])
-    except (ValueError, KeyError, TypeError, IsADirectoryError):
-        return False
+def _row_groups(manifest: Manifest) -> list[Known]:
+    places = ((shard.file, group) for shard in manifest.shards for group in range(len(shard.row_groups)))
+    return [Known(manifest.folder, file, group, manifest.image_column) for file, group in places]
 
 
-def _clear(output: Folder) -> None:
-    """Deletes what an earlier ingest wrote and nothing else; the manifest first: what is left of a data set is none."""
-    output.delete(MANIFEST)
-    output.delete(QUARANTINE)
-    shards = output / SHARDS
-    for info in shards.filesystem.get_file_info(fs.FileSelector(shards.path, allow_not_found=True)):
-        if info.type == fs.FileType.File and _WRITTEN.fullmatch(info.base_name):
-            shards.delete(info.base_name)
-
-
-def _write(job: IngestJob, source: Source, places: pa.Table, output: Folder) -> list[Written]:
-    """Runs the pipeline on the cluster; what became of each shard, in order."""
-    import ray
-    import ray.data
-
-    count = len(places)
-    shuffled = job.shuffle_seed is not None
-    position = np.random.default_rng(job.shuffle_seed).permutation(count) if shuffled else np.arange(count)
-    places = places.append_column("position", pa.array(position))
-    in_place = source.any_order or not shuffled
-    if in_place:
-        # Read in the order of the output: each unit is a shard, and no row has to travel.
-        places = places.take(pa.array(np.argsort(position)))
-        starts = np.arange(0, count, job.shard_rows)
-    else:
-        starts = np.flatnonzero(places["row"].to_numpy() == 0)  # each unit is a row group of the input
-    units = [unit.combine_chunks() for unit in _cut(places, starts)]
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = context.print_on_execution_start = False  # ours says how many rows were refused
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors come as exceptions
-    tally = ray.remote(num_cpus=0)(Tally).remote()
-    work = Work(source, output, job.shard_rows, job.row_group_rows, job.image_short_side, tally)
-    whole: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
-    shards = -(-count // job.shard_rows)
-    with ray.data.DataContext.current(context), _progress(tally, count, shards), _explained(tally):
-        blocks = ray.data.from_arrow(units)
-        if in_place:
-            results = blocks.map_batches(work.read_and_write, **whole)
-        else:
-            verified = blocks.map_batches(work.read, **whole)
-            # A partition is a task; Ray's own number would be 200 for the smallest input.
-            by_shard = verified.groupby("shard", num_partitions=min(shards, 1000))
-            results = by_shard.map_groups(work.write, batch_format="pyarrow")
-        written = [pickle.loads(row["written"]) for row in results.take_all()]
-    return sorted(written, key=lambda w: w.number)
-
-
-def _cut(table: pa.Table, starts: np.ndarray) -> Iterator[pa.Table]:
-    for start, stop in pairwise([*starts.tolist(), len(table)]):
-        yield table.slice(start, stop - start)
-
-
-@contextmanager
-def _progress(tally: Any, rows: int, shards: int) -> Iterator[None]:
-    """A live line while the body runs; without a terminal, a plain line every ten seconds."""
-    import ray
-
-    terminal = sys.stdout.isatty()
-    columns = (TextColumn("verify"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    stop = threading.Event()
-
-    def show(bar: Progress, task: TaskID) -> None:
-        done, refused, written = ray.get(tally.totals.remote())
-        text = f"{refused:,} refused, {written:,}/{shards:,} shards"
-        bar.update(task, completed=done, description=text)
-        if not terminal:
-            print(f"verified {done:,}/{rows:,} rows, {text}", flush=True)
-
-    def watch(bar: Progress, task: TaskID) -> None:
-        while not stop.wait(0.5 if terminal else 10):
-            show(bar, task)
-
-    with Progress(*columns, TimeRemainingColumn(), disable=not terminal) as bar:
-        task = bar.add_task("", total=rows)
-        thread = threading.Thread(target=watch, args=(bar, task), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-        show(bar, task)
-
-
-@contextmanager
-def _explained(tally: Any) -> Iterator[None]:
-    """A task's failure as what it told the tally, a mistake or a storage that failed; any other keeps its traceback."""
-    import ray
-
-    try:
-        yield
-    except ray.exceptions.RayError:
-        if told := ray.get(tally.failure.remote()):
-            raise told from None
-        raise
+def _say(manifest: Manifest) -> None:
+    ingest = manifest.ingests[-1]
+    shards = [shard for shard in manifest.shards if f"/{ingest['id']}/" in shard.file]
+    size, output = sum(shard.size for shard in shards) / 2**20, manifest.folder.url
+    print(f"ingested {ingest['kept']:,} rows into {len(shards):,} shards ({size:,.1f} MiB): {output}")
+    if manifest.version > 1:
+        print(f"version {manifest.version} of the data set has {manifest.rows:,} rows in {len(manifest.shards):,} shards")
+    said = f"quarantined {sum(ingest['dropped'].values()):,}"
+    print(f"{said}: {_reasons(ingest['dropped'])} ({output}/{QUARANTINE})" if ingest["dropped"] else said)
+    print(f"look at it: {output}/{data_page.PAGE} and {data_page.SHEET}")
 
 
 if __name__ == "__main__":

@@ -1,52 +1,108 @@
-"""What ingest does on the workers: verify rows, write shards, count. Apart from the job, so that tasks find it by name."""
+"""What ingest does on the workers: prepare rows, hash known ones, write shards. Apart from the job: tasks find it by name.
+
+Prepared rows wait in the output's scratch folder, one file for each unit of the input, until the driver has seen what is
+said of all of them and decided where each goes. So an image is read and decoded once, no matter what is decided, and at no
+time is more than a row group of images in a process's memory.
+"""
 
 import errno
 import hashlib
-import io
-import json
 import pickle
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from msclip.data.captions import Refused
+from msclip.data.captions import texts
+from msclip.data.hashes import content_hash, perceptual_hash
 from msclip.data.images import BadImage, open_image
+from msclip.data.prepare import CaptionRules, ImageRules
+from msclip.data.queries import Queries
 from msclip.data.shards import SCHEMA, Shard
 from msclip.data.sources import Row, Source
+from msclip.data.statistics import Statistics
 from msclip.errors import TrainingError, UserError
 from msclip.storage import Folder
 
-SHARDS = "shards"
-_BLOCK_ROWS, _BLOCK_BYTES = 256, 32 * 2**20  # what a task hands on, or counts, at a time
-_JPEG_QUALITY = 92
+_COUNTED_ROWS = 128  # between two words to the tally
+_ROW_GROUP_BYTES = 64 * 2**20  # a row group ends here too: it is what a process holds
+_OPEN_FILES = 128
+_READERS = 16
+MOST_CAPTIONS = 32  # of a row that takes those of its duplicates: some pictures stand under thousands of texts
 
-# A verified row: SCHEMA's columns, where it goes, and for a bad one, whose image is null, its quarantine record.
-_VERIFIED = pa.schema([*SCHEMA, ("position", pa.int64()), ("shard", pa.int64()), ("refused", pa.string())])
+_HASHES = [("sha256", pa.binary(32)), ("phash", pa.uint64()), ("queries", pa.list_(pa.int32())), ("key", pa.string())]
+# Of each row of a unit: its hashes, where it stood, why it cannot be stored, else where it waits.
+_PLACE = [("file", pa.string()), ("row", pa.int64()), ("row_group", pa.int64())]
+_OUTCOME = [("reason", pa.string()), ("offset", pa.int64()), ("size", pa.int64())]
+PREPARED = pa.schema([("unit", pa.int32()), ("item", pa.int32()), *_HASHES, *_PLACE, *_OUTCOME])
+KNOWN = pa.schema([("unit", pa.int32()), *_HASHES])
+
+
+class Waiting(NamedTuple):
+    """A prepared row in the scratch folder: a row of a shard in all but the place."""
+
+    image: bytes
+    captions: list[str]
+    key: str
+    source: str
+    width: int
+    height: int
+    sha256: bytes
+    phash: int | None
+
+
+class Place(NamedTuple):
+    """Where a row waits."""
+
+    unit: int
+    offset: int
+    size: int
+
+
+class Written(NamedTuple):
+    """A finished shard."""
+
+    number: int
+    shard: Shard
+    sources: dict[str, int]
+    statistics: dict[str, Any]
+
+
+class Known(NamedTuple):
+    """A row group of which only hashes are wanted."""
+
+    folder: Folder
+    file: str
+    row_group: int
+    image_column: str
 
 
 class Tally:
-    """An actor that counts rows verified, rows refused and shards written. Retried tasks count once."""
+    """An actor that counts rows read, rows refused and rows written. Retried tasks count once."""
 
     def __init__(self) -> None:
-        self.verified: dict[int, tuple[int, int]] = {}
-        self.shards: set[int] = set()
+        self.units: dict[int, tuple[int, int]] = {}
+        self.shards: dict[int, int] = {}
         self.error: UserError | None = None
 
-    def count(self, first: int, rows: int, refused: int) -> None:
-        """A stretch of rows that begins at a position of its own."""
-        self.verified[first] = rows, refused
+    def count(self, unit: int, rows: int, refused: int) -> None:
+        """What a unit has come to."""
+        self.units[unit] = rows, refused
 
-    def wrote(self, shard: int) -> None:
-        self.shards.add(shard)
+    def wrote(self, shard: int, rows: int) -> None:
+        self.shards[shard] = rows
+
+    def rewrite(self) -> None:
+        """Forgets the shards: they will be written again."""
+        self.shards.clear()
 
     def fail(self, error: UserError) -> None:
         """Why a task is about to fail: what Ray hands on of its exception is only text."""
@@ -56,19 +112,9 @@ class Tally:
         return self.error
 
     def totals(self) -> tuple[int, int, int]:
-        """Rows verified, of those refused, shards written."""
-        rows, refused = np.sum(list(self.verified.values()), axis=0) if self.verified else (0, 0)
-        return int(rows), int(refused), len(self.shards)
-
-
-class Written(NamedTuple):
-    """What became of the rows of one shard."""
-
-    number: int
-    shard: Shard | None
-    """None where no row was good."""
-    sources: dict[str, int]
-    refused: list[Refused]
+        """Rows read, of those refused, rows written."""
+        rows, refused = np.sum(list(self.units.values()), axis=0) if self.units else (0, 0)
+        return int(rows), int(refused), sum(self.shards.values())
 
 
 @dataclass(frozen=True)
@@ -77,61 +123,128 @@ class Work:
 
     source: Source
     output: Folder
-    shard_rows: int
+    id: str
+    """Of the ingest: its shards and its scratch folder are named by it."""
     row_group_rows: int
-    short_side: int | None
+    images: ImageRules
+    captions: CaptionRules
+    queries: Queries | None
     tally: Any
     """Handle of the `Tally` actor."""
 
-    def read(self, unit: pa.Table) -> Iterator[pa.Table]:
-        """Verified rows of some places, in blocks of bounded size."""
+    @property
+    def scratch(self) -> Folder:
+        """Where prepared rows wait."""
+        return self.output / f"scratch-{self.id}"
+
+    def prepare(self, block: pa.Table) -> pa.Table:
+        """Reads a unit, leaves its good rows in the scratch folder, and says of all rows what `PREPARED` has."""
+        number, unit = pickle.loads(block["work"][0].as_py())
+        lines: list[dict[str, Any]] = []
+        refused = 0
+        with self._failures(), self.scratch.open_output(_name(number)) as stream:
+            offset = 0
+            for row in self.source.read(unit):
+                line, data = self._prepared(row)
+                if data:
+                    stream.write(data)
+                    line |= {"offset": offset, "size": len(data)}
+                    offset += len(data)
+                else:
+                    refused += 1
+                lines.append(line | {"unit": number, "item": len(lines)})
+                if len(lines) % _COUNTED_ROWS == 0:
+                    self.tally.count.remote(number, len(lines), refused)
+        self.tally.count.remote(number, len(lines), refused)
+        return pa.Table.from_pylist(lines, PREPARED)
+
+    def _prepared(self, row: Row) -> tuple[dict[str, Any], bytes]:
+        place = row.refused
+        line: dict[str, Any] = {"key": row.key, "file": place.shard, "row": place.row, "row_group": place.row_group}
+        captions, reason = self.captions.apply(row.captions)
+        if row.image is None or place.reason or reason:
+            return line | {"reason": place.reason or reason}, b""
+        try:
+            image = self.images.apply(row.image)
+        except BadImage as error:
+            return line | {"reason": str(error)}, b""
+        line |= {"sha256": image.sha256, "phash": image.phash}
+        line["queries"] = self.queries.matches(captions) if self.queries else []
+        waiting = Waiting(image.data, captions, row.key, row.source, *image[1:])
+        return line, pickle.dumps(tuple(waiting), protocol=5)
+
+    def hash_known(self, block: pa.Table) -> pa.Table:
+        """The hashes of a row group's images: out of its columns where ingest wrote it, else out of the images."""
+        number, known = pickle.loads(block["work"][0].as_py())
         with self._failures():
-            for block in self._verified(unit):
-                yield pa.Table.from_pylist(block, _VERIFIED)
+            return self._hash_known(number, known)
 
-    def write(self, rows: pa.Table) -> pa.Table:
-        """One shard from its verified rows in any order."""
-        order = np.argsort(rows["position"].to_numpy())
-        # Row by row: `take` may fail where a shard's images exceed the 2 GiB of one Arrow array.
-        lines = ({name: rows[name][int(i)].as_py() for name in _VERIFIED.names} for i in order)
-        return self._write(rows["shard"][0].as_py(), lines)
+    def _hash_known(self, number: int, known: Known) -> pa.Table:
+        place = known.folder / known.file
+        with place.filesystem.open_input_file(place.path) as stream:
+            file = pq.ParquetFile(stream, pre_buffer=True)
+            there = set(file.schema_arrow.names)
+            hashed = {"sha256", "phash"} <= there
+            wanted = {"sha256", "phash"} if hashed else {known.image_column}
+            wanted |= {"captions"} if self.queries else set()
+            table = file.read_row_group(known.row_group, [*(wanted & there), *({"key"} & there)], use_threads=False)
+        lines = []
+        for index in range(len(table)):
+            cells = {name: table[name][index].as_py() for name in table.column_names}
+            if not hashed:
+                image = cells[known.image_column]
+                data = image.get("bytes") if isinstance(image, dict) else image
+                try:
+                    cells |= {"sha256": content_hash(data or b""), "phash": perceptual_hash(open_image(data or b""))}
+                except BadImage:
+                    cells["phash"] = None
+            found = self.queries.matches(texts(cells.get("captions"))) if self.queries else []
+            key = cells.get("key") or f"{known.file}/{known.row_group}/{index}"
+            line = {"unit": number, "queries": found, "key": str(key)}
+            lines.append(line | {name: cells[name] for name in ("sha256", "phash")})
+        return pa.Table.from_pylist(lines, KNOWN)
 
-    def read_and_write(self, unit: pa.Table) -> pa.Table:
-        """One shard from its places, in their order; at no time all of it in memory."""
-        number = unit["position"][0].as_py() // self.shard_rows
-        return self._write(number, (line for block in self._verified(unit) for line in block))
-
-    def _verified(self, unit: pa.Table) -> Iterator[list[dict[str, Any]]]:
-        block: list[dict[str, Any]] = []
-        size = 0
-        for position, row in zip(unit["position"].to_pylist(), self.source.read(unit), strict=True):
-            image, reason = verify(row, self.short_side)
-            place = {"position": position, "shard": position // self.shard_rows}
-            if reason:
-                record = asdict(row.refused) | {"reason": reason}
-                block.append({"image": None, "refused": json.dumps(record, ensure_ascii=False), **place})
-            else:
-                content = {"image": image, "captions": row.captions, "key": row.key, "source": row.source}
-                block.append({**content, "refused": None, **place})
-                size += len(image)
-            if len(block) >= _BLOCK_ROWS or size >= _BLOCK_BYTES:
-                yield self._counted(block)
-                block, size = [], 0
-        if block:
-            yield self._counted(block)
-
-    def _counted(self, block: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        bad = sum(line["refused"] is not None for line in block)
-        self.tally.count.remote(block[0]["position"], len(block), bad)
-        return block
-
-    def _write(self, number: int, lines: Iterable[dict[str, Any]]) -> pa.Table:
+    def write(self, block: pa.Table) -> pa.Table:
+        """A shard of waiting rows; each of them comes with those whose captions it takes."""
+        number, places = pickle.loads(block["work"][0].as_py())
         with self._failures():
-            file = f"{SHARDS}/{number:05d}.parquet"
-            shard, sources, refused = write_shard(lines, file, self.output, self.row_group_rows)
-        self.tally.wrote.remote(number)
-        written = Written(number, shard, dict(sources), refused)
+            written = self._write(number, places)
+        self.tally.wrote.remote(number, written.shard.rows)
         return pa.table({"written": [pickle.dumps(written)]})
+
+    def _write(self, number: int, places: list[list[Place]]) -> Written:
+        name = f"shards/{self.id}/{number:05d}.parquet"
+        sources: Counter[str] = Counter()
+        statistics = Statistics()
+        with tempfile.TemporaryDirectory() as scratch, _Scratch(self.scratch) as waiting:
+            local = Path(scratch) / "shard.parquet"
+            # Image files and hashes hardly compress; the other columns do.
+            plain = dict.fromkeys(("image", "sha256", "phash"), "NONE")
+            compression = {name: plain.get(name, "ZSTD") for name in SCHEMA.names if name != "captions"}
+            compression["captions.list.element"] = "ZSTD"
+            with pq.ParquetWriter(local, SCHEMA, compression=compression, use_dictionary=["source"]) as writer:
+                for group in self._row_groups(waiting.rows(places)):
+                    for row in group:
+                        sources[row.source] += 1
+                        statistics.add(row.image, row.width, row.height, row.captions)
+                    table = pa.Table.from_pylist([row._asdict() for row in group], SCHEMA)
+                    writer.write_table(table, row_group_size=len(group))
+            with local.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            self.output.upload(local, name)
+        return Written(number, Shard.read(self.output, name, digest), dict(sources), statistics.to_dict())
+
+    def _row_groups(self, rows: Iterator[Waiting]) -> Iterator[list[Waiting]]:
+        group: list[Waiting] = []
+        size = 0
+        for row in rows:
+            group.append(row)
+            size += len(row.image)
+            if len(group) == self.row_group_rows or size >= _ROW_GROUP_BYTES:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
@@ -150,58 +263,43 @@ class Work:
             raise
 
 
-def verify(row: Row, short_side: int | None = None) -> tuple[bytes, str]:
-    """The bytes to store, or why there are none.
-
-    Args:
-        short_side: a longer shorter side is scaled down to this, bicubic, and stored as JPEG over white.
-    """
-    if row.image is None or row.refused.reason:
-        return b"", row.refused.reason
-    try:
-        image = open_image(row.image)
-    except BadImage as error:
-        return b"", str(error)
-    least = min(image.size)
-    if short_side is None or least <= short_side:
-        return row.image, ""
-    width, height = (max(1, round(side * short_side / least)) for side in image.size)
-    buffer = io.BytesIO()
-    image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=_JPEG_QUALITY)
-    return buffer.getvalue(), ""
+def _name(unit: int) -> str:
+    return f"{unit:06d}.rows"
 
 
-def write_shard(
-    lines: Iterable[dict[str, Any]], file: str, output: Folder, row_group_rows: int
-) -> tuple[Shard | None, Counter[str], list[Refused]]:
-    """Writes the good ones of the lines, row group by row group; no file where there are none.
+class _Scratch:
+    """Reads waiting rows, a few at a time at once; the files used last stay open."""
 
-    Returns:
-        the shard, how many rows each source has, and the records of the bad ones.
-    """
-    refused: list[Refused] = []
-    sources: Counter[str] = Counter()
-    group: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        local = Path(scratch) / "shard.parquet"
-        # Image files hardly compress; the other columns do.
-        compression = {name: "NONE" if name == "image" else "ZSTD" for name in ("image", "key", "source")}
-        compression["captions.list.element"] = "ZSTD"
-        with pq.ParquetWriter(local, SCHEMA, compression=compression, use_dictionary=["source"]) as writer:
-            for line in lines:
-                if line["refused"] is not None:
-                    refused.append(Refused(**json.loads(line["refused"])))
-                    continue
-                sources[line["source"]] += 1
-                group.append({name: line[name] for name in SCHEMA.names})
-                if len(group) == row_group_rows:
-                    writer.write_table(pa.Table.from_pylist(group, SCHEMA), row_group_size=row_group_rows)
-                    group = []
-            if group:
-                writer.write_table(pa.Table.from_pylist(group, SCHEMA), row_group_size=row_group_rows)
-        if not sources:
-            return None, sources, refused
-        with local.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        output.upload(local, file)
-    return Shard.read(output, file, digest), sources, refused
+    def __init__(self, folder: Folder):
+        self.folder = folder
+        self.files: OrderedDict[int, pa.NativeFile] = OrderedDict()
+
+    def __enter__(self) -> "_Scratch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def rows(self, places: list[list[Place]]) -> Iterator[Waiting]:
+        """Of each list of places the first row, with the captions of all."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            for start in range(0, len(places), 2 * _READERS):
+                some = places[start : start + 2 * _READERS]
+                self._open({place.unit for each in some for place in each})
+                for first, *others in pool.map(lambda each: [self._read(place) for place in each], some):
+                    captions = list(dict.fromkeys(text for row in (first, *others) for text in row.captions))
+                    most = max(MOST_CAPTIONS, len(first.captions))
+                    yield first._replace(captions=captions[:most]) if others else first
+
+    def _open(self, units: set[int]) -> None:
+        for unit in units:
+            if unit not in self.files:
+                place = self.folder / _name(unit)
+                self.files[unit] = place.filesystem.open_input_file(place.path)
+            self.files.move_to_end(unit)
+        while len(self.files) > max(_OPEN_FILES, len(units)):
+            self.files.popitem(last=False)[1].close()
+
+    def _read(self, place: Place) -> Waiting:
+        return Waiting(*pickle.loads(self.files[place.unit].read_at(place.size, place.offset)))

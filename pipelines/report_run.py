@@ -10,6 +10,7 @@ import yaml
 from jaxtyping import Float
 
 from msclip import checkpoint, metrics_log
+from msclip.data.parquet import split
 from msclip.errors import UserError
 from msclip.storage import Folder
 
@@ -128,11 +129,14 @@ def _quarantine(run: Folder, config: Mapping[str, Any]) -> tuple[BadRows, ...]:
     data = config.get("data")
     shards = data.get("train") if isinstance(data, Mapping) else None
     # Ingest leaves its record beside the shards; the run's own lists what failed while training.
-    places = ([("ingest", shards)] if isinstance(shards, str) and "*" not in shards else []) + [("training", run.url)]
+    places = [("training", run)]
+    if isinstance(shards, str) and "*" not in shards:
+        parent, name = split(shards)
+        places.insert(0, ("ingest", parent if name.startswith("manifest") else Folder(shards)))
     found = []
     for stage, place in places:
-        if Folder(place).exists(QUARANTINE):
-            lines = Folder(place).read_text(QUARANTINE).splitlines()
+        if place.exists(QUARANTINE):
+            lines = place.read_text(QUARANTINE).splitlines()
             if rows := tuple(json.loads(line) for line in lines if line.strip()):
                 found.append(BadRows(stage, rows))
     return tuple(found)

@@ -25,7 +25,7 @@ from msclip.data.captions import texts
 from msclip.data.images import Preprocess
 from msclip.data.parquet import read_row_group
 from msclip.data.plan import Plan
-from msclip.data.shards import Manifest
+from msclip.data.shards import Manifest, pinned
 from msclip.data.tokenizer import Tokenizer
 from msclip.errors import TrainingError, UserError
 from msclip.storage import Folder
@@ -84,8 +84,8 @@ def new(arguments: list[str]) -> tuple[TrainJob, Weights | None]:
     job = cli.parse(TrainJob, arguments, prog="train", defaults=defaults)
     if start is not None and job.tokenizer.source == "init":
         starting.tokenizer(start, job)  # that it has none shows before anything starts
-    # As every node sees it, and as a later --resume from another place does.
-    job = replace(job, data=replace(job.data, train=Folder(job.data.train).url if job.data.train else ""))
+    # As every node sees it, and as a later --resume does, from another place or after more data were added.
+    job = replace(job, data=replace(job.data, train=pinned(job.data.train) if job.data.train else ""))
     return (replace(job, init=Folder(source).url) if source is not None else job), start
 
 

@@ -24,35 +24,48 @@ _CACHE_BYTES = 256 * 2**20
 def find(spec: str) -> tuple[Folder, list[str]]:
     """The Parquet files that a spec means: one file, a glob inside one folder, or a folder; and the folder they are in.
 
-    A folder with a manifest, which is what ingest writes, means the files that the manifest lists, wherever below.
+    A folder with a manifest, which is what ingest writes, means the files that the manifest lists, wherever below; a
+    manifest's own file does too.
 
     Raises:
         UserError: there is none, with the spec and what was looked for; or the files are not what the manifest says.
     """
-    from msclip.data.shards import MANIFEST, Manifest  # here, because that module finds its files by this one
+    from msclip.data.shards import Manifest, stated_in  # here, because that module finds its files by this one
 
-    parent, last = _split(spec)
-    kind = _kind(parent, last)
-    if kind == fs.FileType.File:
+    if stated_in(spec):
+        manifest = Manifest.load(spec)
+        return manifest.folder, list(manifest.files)
+    return find_files(spec)
+
+
+def find_files(spec: str, suffixes: tuple[str, ...] = (".parquet",)) -> tuple[Folder, list[str]]:
+    """The files of some kind that a spec means: one file, a glob inside one folder, or a folder; and the folder they are in.
+
+    Raises:
+        UserError: there is none, with the spec and what was looked for.
+    """
+    kind = "Parquet file" if suffixes == (".parquet",) else "tar"
+    pattern = "*" + suffixes[0]
+    parent, last = split(spec)
+    found = _kind(parent, last)
+    if found == fs.FileType.File:
         return parent, [last]
-    if kind == fs.FileType.Directory or not last:
+    if found == fs.FileType.Directory or not last:
         folder = Folder(spec)
-        if folder.exists(MANIFEST):
-            return folder, list(Manifest.load(spec).files)
-        names = folder.names("*.parquet")
+        names = [name for name in folder.names() if name.endswith(suffixes)]
         if not names:
-            raise UserError(f"the folder {spec!r} holds no Parquet file (*.parquet) directly inside")
+            raise UserError(f"the folder {spec!r} holds no {kind} ({pattern}) directly inside")
         return folder, names
     if any(mark in last for mark in "*?["):
-        names = [name for name in parent.names(last) if name.endswith(".parquet")]
+        names = [name for name in parent.names(last) if name.endswith(suffixes)]
         if not names:
-            raise UserError(f"no Parquet file (*.parquet) matches {spec!r}")
+            raise UserError(f"no {kind} ({pattern}) matches {spec!r}")
         return parent, names
     hint = "; wildcards may stand in the last part only" if any(mark in parent.path for mark in "*[") else ""
-    raise UserError(f"the data {spec!r} do not exist; give a folder of shards, a Parquet file or a glob of them{hint}")
+    raise UserError(f"the data {spec!r} do not exist; give a folder of shards, a {kind} or a glob of them{hint}")
 
 
-def _split(spec: str) -> tuple[Folder, str]:
+def split(spec: str) -> tuple[Folder, str]:
     """A path or URL without its last part, and that part. The query of a URL stays with the folder."""
     scheme, mark, rest = spec.removeprefix("file://").partition("://")
     if not mark:

@@ -1,23 +1,26 @@
 """Image-text data as Parquet: what a folder of shards holds.
 
-`python -m pipelines.ingest` writes shards with the columns of `SCHEMA` and a `manifest.json` beside them. Any other Parquet
-file, glob or folder of files with an image and a caption column is read just as well: footers are all that is needed.
-A row's id is its position in the concatenation of all row groups, files in order.
+`python -m pipelines.ingest` writes shards with the columns of `SCHEMA` and a `manifest.json` in the folder above them. Each
+ingest into a folder makes a version, `manifest-000001.json` and so on, which never changes and names all its shards, those of
+earlier ingests too; `manifest.json` is a copy of the newest. Any other Parquet file, glob or folder of files with an image
+and a caption column is read just as well: footers are all that is needed. A row's id is its position in the concatenation
+of all row groups, files in order.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from msclip.data.parquet import check_columns, find, read_footer, read_row_group
+from msclip.data.parquet import check_columns, find_files, read_footer, read_row_group, split
 from msclip.errors import UserError
 from msclip.storage import Folder
 
@@ -27,12 +30,17 @@ SCHEMA = pa.schema(
     [
         ("image", pa.binary()),  # an encoded image file
         ("captions", pa.list_(pa.string())),
-        ("key", pa.string()),  # unique in the data set
+        ("key", pa.string()),  # names the row in its source
         ("source", pa.string()),
+        ("width", pa.int32()),  # pixels of the upright image
+        ("height", pa.int32()),
+        ("sha256", pa.binary(32)),  # of the image file as the source had it
+        ("phash", pa.uint64()),  # msclip.data.hashes.perceptual_hash
     ]
 )
 
 _FOOTER_THREADS = 16
+_VERSION = re.compile(r"manifest-(\d{6,})\.json")
 
 
 @dataclass(frozen=True)
@@ -96,40 +104,64 @@ class Manifest:
     """Rows of each source."""
     created: str = ""
     """ISO 8601."""
+    version: int = 0
+    """From 1; 0 for what no version was made of: Parquet without a manifest, and manifests before there were versions."""
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+    """Of the rows' content; see msclip/data/statistics.py."""
+    ingests: tuple[Mapping[str, Any], ...] = ()
+    """Where the rows are from: of each ingest the input, the settings, what became of every row, and the software."""
 
     @classmethod
     def load(cls, spec: str, image_column: str = "image", caption_column: str = "captions") -> "Manifest":
         """Finds the shards and reads every footer, 16 at a time.
 
         Args:
-            spec: a folder with `manifest.json`, or a Parquet file, a glob of files in one folder, or a folder of files;
-                local or a URL.
+            spec: a folder with `manifest.json`, one of its `manifest-000001.json`, or a Parquet file, a glob of files in one
+                folder, or a folder of files; local or a URL.
 
         Raises:
             UserError: nothing there; a file missing or other than the manifest says; a column missing or of a wrong type.
         """
         if not spec:
             raise UserError("data.train is empty; give a folder of shards, a Parquet file or a glob of them")
-        stated = _stated(Folder(spec))
-        folder, names = (stated.folder, list(stated.files)) if stated else find(spec)
+        stated = stated_in(spec)
+        folder, names = (stated.folder, list(stated.files)) if stated else find_files(spec)
         columns = (image_column, caption_column)
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
             shards = tuple(pool.map(lambda name: Shard.read(folder, name, columns=columns), names))
         for shard, recorded in zip(shards, stated.shards if stated else (), strict=bool(stated)):
             if shard.row_groups != recorded.row_groups:
                 raise UserError(
-                    f"{folder.url}/{shard.file} has {shard.rows} rows in {len(shard.row_groups)} row groups, but {MANIFEST} "
-                    f"beside it says {recorded.rows} in {len(recorded.row_groups)}: the file changed after ingest; ingest "
-                    f"again, or delete {MANIFEST} to read the files as they are"
+                    f"{folder.url}/{shard.file} has {shard.rows} rows in {len(shard.row_groups)} row groups, but "
+                    f"{stated.file if stated else MANIFEST} beside it says {recorded.rows} in {len(recorded.row_groups)}: the "
+                    f"file changed after ingest; ingest again, or delete {MANIFEST} to read the files as they are"
                 )
         if not any(shard.rows for shard in shards):
             raise UserError(f"the data {spec!r} hold no rows ({len(shards)} Parquet files)")
         if stated:
-            return cls(folder, stated.shards, *columns, stated.quarantined, stated.sources, stated.created)
+            return replace(stated, image_column=image_column, caption_column=caption_column)
         return cls(folder, shards, *columns)
 
-    def write(self, folder: Folder | None = None) -> None:
-        """Writes `manifest.json` beside the shards: last of all, because a folder that has one is taken for complete."""
+    def write(self) -> None:
+        """Writes `manifest.json`: last of all, because a folder that has one is taken for complete."""
+        self.folder.write_text(MANIFEST, self.to_json())
+
+    def publish(self) -> None:
+        """Makes this the version after the newest, which must be one less, and lets `manifest.json` follow.
+
+        Raises:
+            FileExistsError: another ingest published this version first.
+        """
+        assert self.file != MANIFEST
+        self.folder.write_new(self.file, self.to_json().encode())
+        # Another ingest may be doing the same with the next version: whoever writes last has looked again since.
+        newest = None
+        while newest != (now := max(versions(self.folder))):
+            newest = now
+            self.folder.write_bytes(MANIFEST, self.folder.read_bytes(version_file(newest)))
+
+    def to_json(self) -> str:
+        """What the file of this manifest holds."""
         content = {
             "format": FORMAT,
             "shards": [
@@ -141,7 +173,19 @@ class Manifest:
             "sources": dict(self.sources),
             "created": self.created,
         }
-        (folder or self.folder).write_text(MANIFEST, json.dumps(content, indent=1) + "\n")
+        if self.version:
+            content |= {
+                "version": self.version,
+                "digest": self.digest,
+                "statistics": dict(self.statistics),
+                "ingests": list(self.ingests),
+            }
+        return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+    @property
+    def file(self) -> str:
+        """Name of the manifest's own file, which for a version never changes."""
+        return version_file(self.version) if self.version else MANIFEST
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -164,8 +208,9 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """Identifies the rows and their order by the files' names, bytes and row groups; the same wherever they lie."""
-        layout = [[s.file, s.size, s.row_groups] for s in self.shards]
+        """Identifies the rows and their order, wherever they lie: by the shards' contents where the manifest is a version,
+        else by the files' names, bytes and row groups."""
+        layout = [[s.sha256 if self.version else s.file, s.size, s.row_groups] for s in self.shards]
         return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
 
     def locate(self, rows: Sequence[int] | Int64[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
@@ -197,24 +242,75 @@ class Manifest:
         return Manifest, tuple(getattr(self, f.name) for f in fields(self))  # without what is only cached
 
 
-def _stated(folder: Folder) -> Manifest | None:
-    """What the folder's manifest.json says, without looking at the files; `None` where there is none.
+def version_file(version: int) -> str:
+    """The name of a version's manifest."""
+    return f"manifest-{version:06d}.json"
+
+
+def versions(folder: Folder) -> list[int]:
+    """The versions in a folder, ascending."""
+    return sorted(int(match[1]) for name in folder.names("manifest-*.json") if (match := _VERSION.fullmatch(name)))
+
+
+def stated_in(spec: str) -> Manifest | None:
+    """What the manifest says that a spec names, or that lies in the folder it names; `None` where there is none.
+
+    Nothing else is looked at.
+
+    Raises:
+        UserError: a file of that name is not a manifest.
+    """
+    parent, name = split(spec)
+    if name == MANIFEST or _VERSION.fullmatch(name):
+        if not parent.exists(name):
+            there = ", ".join(version_file(v) for v in versions(parent)) or "none"
+            raise UserError(f"the data {spec!r} do not exist; versions in that folder: {there}")
+        return read_manifest(parent, name)
+    folder = Folder(spec)
+    return read_manifest(folder) if folder.exists(MANIFEST) else None
+
+
+def is_data_set(folder: Folder) -> bool:
+    """Whether the folder has a `manifest.json` of shards, of whatever version; people have others of that name."""
+    try:
+        return str(json.loads(folder.read_text(MANIFEST))["format"]).startswith(FORMAT.partition("/")[0])
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError):
+        return False
+
+
+def pinned(spec: str) -> str:
+    """The spec as a URL; for a folder with versions, that of the newest version's own file, whatever is added later."""
+    folder = Folder(spec)
+    stated = read_manifest(folder) if is_data_set(folder) else None
+    return (folder / stated.file).url if stated and stated.version else folder.url
+
+
+def newest(folder: Folder) -> Manifest | None:
+    """The folder's newest version, else its `manifest.json` from before there were versions, else `None`."""
+    if numbers := versions(folder):
+        return read_manifest(folder, version_file(numbers[-1]))
+    return read_manifest(folder) if folder.exists(MANIFEST) else None
+
+
+def read_manifest(folder: Folder, name: str = MANIFEST) -> Manifest:
+    """A manifest as its file has it, without a look at the shards.
 
     Raises:
         UserError: the file is not such a manifest.
     """
-    if not folder.exists(MANIFEST):
-        return None
     try:
-        content = json.loads(folder.read_text(MANIFEST))
+        content = json.loads(folder.read_text(name))
         if content["format"] != FORMAT:
-            raise UserError(f"{folder.url}/{MANIFEST} has format {content['format']!r}; this version reads {FORMAT!r}")
+            raise UserError(f"{folder.url}/{name} has format {content['format']!r}; this version reads {FORMAT!r}")
         return Manifest(
             folder,
             tuple(Shard(s["file"], tuple(s["row_groups"]), s["bytes"], s["sha256"]) for s in content["shards"]),
             quarantined=content["quarantined"],
             sources=content["sources"],
             created=content["created"],
+            version=content.get("version", 0),
+            statistics=content.get("statistics", {}),
+            ingests=tuple(content.get("ingests", ())),
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder.url}/{MANIFEST} is not a manifest of shards ({error!r}); ingest again") from error
+        raise UserError(f"{folder.url}/{name} is not a manifest of shards ({error!r}); ingest again") from error

@@ -1,32 +1,33 @@
-"""What ingest reads: a folder of images with a table of captions, or Parquet files that hold the images themselves.
+"""What ingest reads: images with a table or files of captions, Parquet that holds the images themselves, or tars of both.
 
-A source first lists its places, one for each row to come, without opening an image; then any process reads some of them.
+A source first lists its units, pieces of work for one task, without opening an image; then any process reads some of them.
 """
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 from msclip.data.captions import CAPTION_NAMES, SUFFIXES, CaptionRow, Refused, column, read_captions, texts
-from msclip.data.parquet import find, read_footer, read_row_group
-from msclip.data.shards import MANIFEST
+from msclip.data.parquet import find, find_files, read_footer, read_row_group
+from msclip.data.shards import is_data_set
+from msclip.data.tars import IMAGE_KINDS, Sample, captions_beside, captions_of, read_samples
 from msclip.errors import UserError
 from msclip.storage import Folder
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
-)
+IMAGE_SUFFIXES = frozenset(f".{kind}" for kind in IMAGE_KINDS)
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 BYTES_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
 KEY_NAMES = ("key", "__key__", "id", "image_id")
 SOURCE_NAMES = ("source",)
 _READERS = 16  # threads: an object store takes as long for one small file as for many at once
+_UNIT_ROWS = 512  # enough that starting a task does not count
 
 
 class Row(NamedTuple):
@@ -41,20 +42,29 @@ class Row(NamedTuple):
     """The quarantine record that this row would get; its reason is empty if it was read."""
 
 
+class Unit(NamedTuple):
+    """What one task reads."""
+
+    rows: int | None
+    """None where only reading tells."""
+    content: Any
+    """The source knows what it is."""
+
+
 class Source(Protocol):
-    """An input of ingest. Pickles without its places."""
+    """An input of ingest. Pickles without its units."""
 
     @property
-    def any_order(self) -> bool:
-        """Whether rows cost the same in any order; Parquet is read a row group at a time."""
+    def name(self) -> str:
+        """Recorded as the source of rows that name none themselves."""
         ...
 
-    def places(self) -> tuple[pa.Table, list[Refused]]:
-        """A table with one line for each row, in the input's order, and what is refused without being opened."""
+    def units(self) -> tuple[list[Unit], list[Refused]]:
+        """All there is to read, in the input's order, and what is refused without being opened."""
         ...
 
-    def read(self, places: pa.Table) -> Iterator[Row]:
-        """The rows of some of the places, in their order."""
+    def read(self, unit: Unit) -> Iterator[Row]:
+        """The rows of a unit, in its order."""
         ...
 
 
@@ -69,10 +79,10 @@ def open_source(
     """The source that a path means.
 
     Args:
-        spec: a folder of images, or Parquet with image bytes: a file, a folder or a glob; local or a URL.
-        captions: the table of a folder of images; None for the only one directly inside.
+        spec: a folder of images; Parquet with image bytes, or tars: a file, a folder or a glob; local or a URL.
+        captions: the table of a folder of images; None for the only one directly inside, else files beside the images.
         image_column: in that table the image's path, in Parquet its bytes; None to go by the usual names.
-        caption_column: one caption or a list; None likewise.
+        caption_column: one caption or a list; None likewise. In tars and in files beside images, the field of their JSON.
         key_column: for Parquet; None for the usual names, else file and row.
         name: recorded as the source of rows that name none themselves; None for the input's own name.
 
@@ -81,17 +91,37 @@ def open_source(
     """
     folder = Folder(spec)
     is_folder = folder.filesystem.get_file_info(folder.path).type == fs.FileType.Directory
+    if captions is None and is_folder and is_data_set(folder):  # which has a picture in it too, its contact sheet
+        return ParquetSource.open(spec, image_column, caption_column, key_column, name)
+    tars = any(folder.names(f"*{suffix}") for suffix in TAR_SUFFIXES) if is_folder else spec.endswith(TAR_SUFFIXES)
+    if captions is None and tars:
+        if key_column is not None or image_column is not None:
+            setting = "key_column" if key_column is not None else "image_column"
+            raise UserError(f"{setting} is for Parquet; in a tar the members' names say which is the image and what its key is")
+        place, files = find_files(spec, TAR_SUFFIXES)
+        return TarSource(place, tuple(files), caption_column, name or _own_name(place, files))
     if captions is not None or (is_folder and _has_images(folder)):
         if not is_folder:
             raise UserError(f"with captions, input must be a folder of images, got {spec!r}")
         if key_column is not None:
             raise UserError("key_column is for Parquet; the key of an image in a folder is its path")
-        return ImageFolder(folder, _caption_file(folder, captions), image_column, caption_column, name or folder.name)
-    if is_folder and not (folder.exists(MANIFEST) or folder.names("*.parquet")):
-        raise UserError(f"input {spec!r} holds neither images nor Parquet files; give a folder of images or of shards")
-    if not is_folder and not spec.endswith(".parquet"):
-        raise UserError(f"input must be a folder of images, or Parquet (file, folder or glob), got {spec!r}: not found")
+        table = _caption_file(folder, captions)
+        if table is None:
+            if image_column is not None:
+                raise UserError("image_column needs a table of captions; here each image's caption is in a file beside it")
+            return ImageFiles(folder, caption_column, name or folder.name)
+        return ImageFolder(folder, table, image_column, caption_column, name or folder.name)
+    if is_folder and not folder.names("*.parquet"):
+        raise UserError(
+            f"input {spec!r} holds neither images nor Parquet files nor tars; give a folder of images, of tars or of shards"
+        )
+    if not is_folder and not spec.endswith((".parquet", ".json")):
+        raise UserError(f"input must be a folder of images, or Parquet or tars (file, folder or glob), got {spec!r}: not found")
     return ParquetSource.open(spec, image_column, caption_column, key_column, name)
+
+
+def _own_name(folder: Folder, files: list[str]) -> str:
+    return folder.name if len(files) > 1 else PurePosixPath(files[0]).name.partition(".")[0]
 
 
 def _has_images(folder: Folder) -> bool:
@@ -109,18 +139,29 @@ def _files(folder: Folder) -> list[str]:
     return [path for path in below if not any(part.startswith(".") for part in path.split("/"))]
 
 
-def _caption_file(folder: Folder, given: str | None) -> Folder:
+def _caption_file(folder: Folder, given: str | None) -> Folder | None:
+    """The table of captions; None where the captions are in files beside the images."""
     if given is not None:
         outside = "://" in given or given.startswith("/") or ".." in given.split("/")
         return folder / given if not outside and folder.exists(given) else Folder(given)
-    tables = [name for name in folder.names() if name.endswith(SUFFIXES)]
-    tables = [name for name in tables if PurePosixPath(name).stem == "captions"] or tables
+    names = folder.names()
+    # Beside each of its folders of images img2dataset puts a table of the same name, and captions beside the images too.
+    tables = [name for name in names if name.endswith(SUFFIXES) and PurePosixPath(name).stem not in names]
+    tables = [name for name in tables if PurePosixPath(name).stem in ("captions", "metadata")] or tables
     if len(tables) == 1:
         return folder / tables[0]
+    if not tables and any(PurePosixPath(path).suffix in (".txt", ".json") for path in _files(folder)):
+        return None
     raise UserError(
         f"captions must name the table of captions for the images in {folder.url}: "
         + (f"it could be any of {', '.join(tables)}" if tables else f"there is none ({', '.join(SUFFIXES)}) in the folder")
+        + ("" if tables else ", and no .txt or .json beside the images")
     )
+
+
+def _cut(lines: list[Any]) -> list[Unit]:
+    parts = (lines[start : start + _UNIT_ROWS] for start in range(0, len(lines), _UNIT_ROWS))
+    return [Unit(len(part), part) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -132,9 +173,8 @@ class ImageFolder:
     image_column: str | None
     caption_column: str | None
     name: str
-    any_order: bool = field(default=True, init=False)
 
-    def places(self) -> tuple[pa.Table, list[Refused]]:
+    def units(self) -> tuple[list[Unit], list[Refused]]:
         files = _files(self.folder)
         rows, refused = read_captions(self.captions, self.image_column, self.caption_column)
         find_file = _Finder(self.folder, files)
@@ -152,26 +192,66 @@ class ImageFolder:
             captions = [caption for row in mentions for caption in row.captions]
             first = mentions[0]
             if captions:
-                lines.append({"file": path, "row": first.row, "row_group": first.row_group, "captions": captions})
+                lines.append((path, captions, first.row, first.row_group))
             else:
                 refused.append(Refused(self.captions.name, first.row, first.row_group, path, "no caption"))
-        kinds = {"file": pa.string(), "row": pa.int64(), "row_group": pa.int64(), "captions": pa.list_(pa.string())}
-        return pa.Table.from_pylist(lines, pa.schema(kinds.items())), refused
+        return _cut(lines), refused
 
-    def read(self, places: pa.Table) -> Iterator[Row]:
-        with ThreadPoolExecutor(_READERS) as pool:
-            for start in range(0, len(places), 4 * _READERS):
-                yield from pool.map(self._read, places.slice(start, 4 * _READERS).to_pylist())
+    def read(self, unit: Unit) -> Iterator[Row]:
+        return _read_many(self._read, unit.content)
 
-    def _read(self, place: dict[str, Any]) -> Row:
-        data, reason = None, ""
-        try:
-            data = self.folder.read_bytes(place["file"])
-        except (FileNotFoundError, PermissionError) as error:
-            reason = f"unreadable: {type(error).__name__}"
+    def _read(self, place: tuple[str, list[str], int, int | None]) -> Row:
+        file, captions, row, row_group = place
+        data, reason = _read_file(self.folder, file)
         # The image is what is wrong, so it is what the record names.
-        refused = Refused(place["file"], place["row"], place["row_group"], place["file"], reason)
-        return Row(data, place["captions"], place["file"], self.name, refused)
+        return Row(data, captions, file, self.name, Refused(file, row, row_group, file, reason))
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files with a .txt or .json of the same name beside each, as img2dataset's format `files` has them."""
+
+    folder: Folder
+    caption_field: str | None
+    """Of the JSON; None for the text, else the JSON's usual fields."""
+    name: str
+
+    def units(self) -> tuple[list[Unit], list[Refused]]:
+        files = _files(self.folder)
+        there = set(files)
+        lines, refused = [], []
+        for path in files:
+            if not _is_image(path):
+                continue
+            beside = [path for path in captions_beside(path) if path in there]
+            if beside:
+                lines.append((path, beside))
+            else:
+                refused.append(Refused(path, None, None, path, "no caption"))
+        return _cut(lines), refused
+
+    def read(self, unit: Unit) -> Iterator[Row]:
+        return _read_many(self._read, unit.content)
+
+    def _read(self, place: tuple[str, list[str]]) -> Row:
+        file, beside = place
+        data, reason = _read_file(self.folder, file)
+        found = {path: _read_file(self.folder, path)[0] or b"" for path in beside}
+        captions, trouble = captions_of(found, self.caption_field)
+        return Row(data, captions, file, self.name, Refused(file, None, None, file, reason or trouble))
+
+
+def _read_many(read: Any, places: list[Any]) -> Iterator[Row]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(places), 4 * _READERS):
+            yield from pool.map(read, places[start : start + 4 * _READERS])
+
+
+def _read_file(folder: Folder, file: str) -> tuple[bytes | None, str]:
+    try:
+        return folder.read_bytes(file), ""
+    except (FileNotFoundError, PermissionError) as error:
+        return None, f"unreadable: {type(error).__name__}"
 
 
 class _Finder:
@@ -218,7 +298,6 @@ class ParquetSource:
     key_column: str | None
     source_column: str | None
     name: str
-    any_order: bool = field(default=False, init=False)
 
     @classmethod
     def open(
@@ -247,37 +326,39 @@ class ParquetSource:
             caption,
             key,
             next((name for name in SOURCE_NAMES if name in first.names and name not in (image, caption)), None),
-            name or (folder.name if len(files) > 1 else PurePosixPath(files[0]).stem),
+            name or _own_name(folder, files),
         )
 
-    def places(self) -> tuple[pa.Table, list[Refused]]:
-        groups = [(i, g, rows) for i, sizes in enumerate(self.row_groups.values()) for g, rows in enumerate(sizes)]
-        sizes = np.array([rows for _, _, rows in groups], np.int64)
-        if not sizes.sum():
+    def units(self) -> tuple[list[Unit], list[Refused]]:
+        units: list[Unit] = []
+        for file, sizes in self.row_groups.items():
+            groups: list[int] = []
+            rows = 0
+            for group, size in enumerate(sizes):
+                groups.append(group)
+                rows += size
+                if rows >= _UNIT_ROWS or group + 1 == len(sizes):
+                    units.append(Unit(rows, (file, groups)))
+                    groups, rows = [], 0
+        if not any(unit.rows for unit in units):
             raise UserError(f"the Parquet files of input in {self.folder.url} hold no rows")
-        file = pa.array(np.repeat([i for i, _, _ in groups], sizes), pa.int32())
-        columns = {
-            "file": pa.DictionaryArray.from_arrays(file, pa.array(list(self.row_groups))),
-            "row": np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes),
-            "row_group": np.repeat([g for _, g, _ in groups], sizes).astype(np.int64),
-        }
-        return pa.table(columns), []
+        return units, []
 
-    def read(self, places: pa.Table) -> Iterator[Row]:
+    def read(self, unit: Unit) -> Iterator[Row]:
+        file, groups = unit.content
         wanted = (self.image_column, self.caption_column, self.key_column, self.source_column)
-        lines = zip(*(places[name].to_pylist() for name in ("file", "row_group", "row")), strict=True)
-        for (file, group), rows in groupby(lines, key=lambda line: line[:2]):
+        for group in groups:
             table = read_row_group(self.folder, file, group, [name for name in wanted if name])
             before = sum(self.row_groups[file][:group])
-            for _, _, row in rows:
+            for row in range(len(table)):
                 cells = {name: table[name][row].as_py() for name in table.column_names}
                 image = cells[self.image_column]
                 image = image.get("bytes") if isinstance(image, dict) else image
-                captions = texts(cells[self.caption_column])
                 given = cells.get(self.key_column) if self.key_column else None
                 key = str(given) if given is not None else f"{PurePosixPath(file).stem}/{before + row}"
-                reason = "no image bytes" if image is None else "" if captions else "no caption"
                 source = (cells.get(self.source_column) if self.source_column else None) or self.name
+                captions = texts(cells[self.caption_column])
+                reason = "no image bytes" if image is None else "" if captions else "no caption"
                 yield Row(image, captions, key, str(source), Refused(file, row, group, key, reason))
 
 
@@ -297,3 +378,46 @@ def _check_types(schema: pa.Schema, image: str, caption: str, where: str) -> Non
     kind = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise UserError(f"caption_column {caption!r} of {where} is of type {kind}; it must be string or list of string")
+
+
+@dataclass(frozen=True)
+class TarSource:
+    """Tars as webdataset and img2dataset write them; a key is the tar's name and the sample's."""
+
+    folder: Folder
+    files: tuple[str, ...]
+    caption_field: str | None
+    """Of a sample's JSON; None for its text, else the JSON's usual fields."""
+    name: str
+
+    def units(self) -> tuple[list[Unit], list[Refused]]:
+        return [Unit(None, file) for file in self.files], []
+
+    def read(self, unit: Unit) -> Iterator[Row]:
+        file: str = unit.content
+        stem = next(file.removesuffix(suffix) for suffix in sorted(TAR_SUFFIXES, key=len)[::-1] if file.endswith(suffix))
+        sidecar = cache(lambda: self._sidecar(f"{stem}.parquet"))  # read only if a sample lacks its captions
+        place = self.folder / file
+        try:
+            with place.filesystem.open_input_stream(place.path, compression=None, buffer_size=2**20) as stream:
+                for number, sample in enumerate(read_samples(stream, self.caption_field, lambda key: sidecar().get(key, []))):
+                    yield self._row(file, f"{stem}/", number, sample)
+        except FileNotFoundError:
+            yield self._row(file, "", None, Sample("", None, [], "unreadable: FileNotFoundError"))
+
+    def _row(self, file: str, prefix: str, number: int | None, sample: Sample) -> Row:
+        key = prefix + sample.key
+        return Row(sample.image, sample.captions, key, self.name, Refused(file, number, None, sample.key, sample.reason))
+
+    def _sidecar(self, name: str) -> dict[str, list[str]]:
+        """Captions by key out of the table that img2dataset puts beside a tar; none where there is no such table."""
+        try:
+            place = self.folder / name
+            with place.filesystem.open_input_file(place.path) as stream:
+                source = pq.ParquetFile(stream)
+                names = source.schema_arrow.names
+                caption = column(names, self.caption_field, CAPTION_NAMES, "caption_column", name)
+                table = source.read([column(names, None, KEY_NAMES, "key", name), caption])
+        except (FileNotFoundError, UserError, pa.ArrowException):
+            return {}
+        return {str(key): texts(value) for key, value in zip(*(column.to_pylist() for column in table.columns), strict=True)}

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from msclip.data.shards import FORMAT, MANIFEST, SCHEMA, Manifest, Shard
+from msclip.data.parquet import find
+from msclip.data.shards import FORMAT, MANIFEST, SCHEMA, Manifest, Shard, newest, pinned, versions
 from msclip.errors import UserError
 from msclip.storage import Folder
 
@@ -72,7 +75,7 @@ def test_rows_are_numbered_through_files_in_order(folder: Folder) -> None:
 
 
 def test_an_empty_row_group_moves_no_row(tmp_path: Path) -> None:
-    schema = pa.schema([field for field in SCHEMA if field.name != "source"])
+    schema = pa.schema([SCHEMA.field(name) for name in ("image", "captions", "key")])
     with pq.ParquetWriter(tmp_path / "x.parquet", schema) as writer:
         for rows in (1, 0, 2):
             keys = [str(i) for i in range(rows)]
@@ -104,9 +107,62 @@ def test_a_pickled_manifest_still_reads(folder: Folder) -> None:
     manifest = Manifest.load(folder.url)
     assert len(manifest.row_groups) == 6  # cached, and not to travel
     copy = pickle.loads(pickle.dumps(manifest))
-    assert set(vars(copy)) == {"folder", "shards", "image_column", "caption_column", "quarantined", "sources", "created"}
+    assert set(vars(copy)) == {field.name for field in fields(Manifest)}
     assert copy.read(3, keep=True)["image"].to_pylist() == [b"b-0", b"b-1", b"b-2", b"b-3"]
     assert copy.read(3).num_columns == 3
+
+
+def test_versions_are_all_readable_and_the_newest_is_what_the_folder_means(folder: Folder) -> None:
+    shards = [Shard.read(folder, name, sha256=name) for name in folder.names("*.parquet")]
+    for number in (1, 2, 3):
+        Manifest(folder, tuple(shards[:number]), version=number, ingests=({"input": "x"},) * number).publish()
+    assert versions(folder) == [1, 2, 3]
+    for number, rows in ((1, 10), (2, 15), (3, 16)):
+        manifest = Manifest.load(f"{folder.url}/manifest-00000{number}.json")
+        assert (manifest.version, manifest.rows, len(manifest.ingests)) == (number, rows, number)
+    assert Manifest.load(folder.url) == manifest == newest(folder) == Manifest.load(f"{folder.url}/manifest.json")
+    assert find(f"{folder.url}/manifest-000002.json") == (folder, ["a.parquet", "b.parquet"])
+    assert json.loads(folder.read_text(MANIFEST))["digest"] == manifest.digest
+    with pytest.raises(UserError, match=r"versions in that folder: manifest-000001\.json, manifest-000002"):
+        Manifest.load(f"{folder.url}/manifest-000009.json")
+    with pytest.raises(FileExistsError):
+        Manifest(folder, tuple(shards[:1]), version=3).publish()
+    assert newest(folder) == manifest
+    # A run keeps to the version that it began with; what has no versions is named as it is.
+    assert pinned(folder.url) == f"{folder.url}/manifest-000003.json" == pinned(pinned(folder.url))
+    assert pinned(f"{folder.url}/*.parquet") == f"{folder.url}/*.parquet"
+    folder.delete(MANIFEST)
+    assert pinned(folder.url) == folder.url
+
+
+def test_writers_at_the_same_time_lose_no_version(folder: Folder) -> None:
+    shards = tuple(Shard.read(folder, name) for name in folder.names("*.parquet"))
+
+    def publish(writer: int) -> int:
+        while True:
+            known = newest(folder)
+            earlier = known.ingests if known else ()
+            version = known.version + 1 if known else 1
+            try:
+                Manifest(folder, shards, version=version, ingests=(*earlier, {"writer": writer})).publish()
+            except FileExistsError:
+                continue
+            return version
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(publish, range(12))) == list(range(1, 13))
+    last = Manifest.load(folder.url)
+    assert last.version == 12
+    assert sorted(ingest["writer"] for ingest in last.ingests) == list(range(12))
+
+
+def test_a_versions_digest_is_of_the_contents_and_not_of_the_names(folder: Folder) -> None:
+    shards = tuple(replace(Shard.read(folder, name), sha256=f"content of {name}") for name in folder.names("*.parquet"))
+    manifest = Manifest(folder, shards, version=1)
+    renamed = replace(manifest, shards=tuple(replace(shard, file=f"other/{shard.file}") for shard in shards), version=2)
+    assert renamed.digest == manifest.digest
+    assert replace(manifest, shards=(replace(shards[0], sha256="other"), *shards[1:])).digest != manifest.digest
+    assert replace(manifest, shards=shards[::-1]).digest != manifest.digest
 
 
 @pytest.mark.parametrize(

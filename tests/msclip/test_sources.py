@@ -1,6 +1,9 @@
 """What ingest reads: tables of captions as people keep them, and which image each row means."""
 
+import io
 import json
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from msclip.data.captions import Refused, read_captions
-from msclip.data.sources import ParquetSource, Source, open_source
+from msclip.data.sources import ImageFiles, ImageFolder, ParquetSource, Row, Source, TarSource, open_source
 from msclip.errors import UserError
 from msclip.storage import Folder
 
@@ -90,8 +93,12 @@ def folder_of(tmp_path: Path, *names: str) -> Path:
 
 
 def listed(source: Source) -> tuple[list[str], list[tuple[str, str, str]]]:
-    places, refused = source.places()
-    return places["file"].to_pylist(), [(r.shard, r.key, r.reason) for r in refused]
+    units, refused = source.units()
+    return [place[0] for unit in units for place in unit.content], [(r.shard, r.key, r.reason) for r in refused]
+
+
+def rows_of(source: Source) -> list[Row]:
+    return [row for unit in source.units()[0] for row in source.read(unit)]
 
 
 def test_an_image_is_found_by_path_by_name_or_by_name_without_suffix(tmp_path: Path) -> None:
@@ -133,15 +140,15 @@ def test_rows_of_one_image_become_one_row_in_the_order_of_the_table(tmp_path: Pa
     lines = [("y.jpg", ["one"]), ("x.jpg", ["two", "three"]), ("y.jpg", "four"), ("z.jpg", None)]
     table(folder / "list.jsonl", "\n".join(json.dumps({"image": i, "captions": c}) for i, c in lines))
     source = open_source(str(folder), name="mine")
-    places, refused = source.places()
-    rows = list(source.read(places))
+    units, refused = source.units()
+    rows = [row for unit in units for row in source.read(unit)]
     assert [(row.key, row.captions, row.image, row.source) for row in rows] == [
         ("y.jpg", ["one", "four"], b"y.jpg", "mine"),
         ("x.jpg", ["two", "three"], b"x.jpg", "mine"),
     ]
     assert [(r.key, r.reason) for r in refused] == [("z.jpg", "no caption")]
     (folder / "x.jpg").unlink()
-    assert next(iter(source.read(places.slice(1)))).refused.reason == "unreadable: FileNotFoundError"
+    assert [row.refused.reason for unit in units for row in source.read(unit)] == ["", "unreadable: FileNotFoundError"]
 
 
 def test_the_table_of_captions_may_lie_outside_and_must_be_clear(tmp_path: Path) -> None:
@@ -166,16 +173,14 @@ def test_parquet_rows_keep_their_key_and_source(tmp_path: Path) -> None:
     pq.write_table(pa.table(content), tmp_path / "some.parquet", row_group_size=2)
     source = open_source(str(tmp_path / "some.parquet"))
     assert isinstance(source, ParquetSource)
-    places, refused = source.places()
-    assert refused == []
-    rows = list(source.read(places))
+    assert source.units()[1] == []
+    rows = rows_of(source)
     assert [(r.key, r.source, r.refused.reason) for r in rows] == [
         ("7", "web", ""),
         ("some/1", "some", "no caption"),
         ("9", "some", "no image bytes"),
     ]
     assert [(r.refused.row_group, r.refused.row) for r in rows] == [(0, 0), (0, 1), (1, 0)]
-    assert [r.key for r in source.read(places.take([2, 0]))] == ["9", "7"]
 
 
 def test_every_parquet_file_must_have_the_columns(tmp_path: Path) -> None:
@@ -188,3 +193,101 @@ def test_every_parquet_file_must_have_the_columns(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [b"a"], "text": [3]}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match="is of type int64; it must be string or list of string"):
         open_source(str(tmp_path / "b.parquet"))
+
+
+def pack(path: Path, members: Mapping[str, bytes], mode: str = "w") -> None:
+    with tarfile.open(path, mode) as file:  # type: ignore[call-overload]
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+
+
+def test_tars_are_a_source_by_folder_by_glob_and_alone(tmp_path: Path) -> None:
+    pack(tmp_path / "b-0.tar", {"x.jpg": b"0", "x.txt": b"zero"})
+    pack(tmp_path / "b-1.tar.gz", {"y.png": b"1", "y.json": b'{"text": "one"}', "z.cls": b"2"}, "w:gz")
+    both, first, second = ["b-0/x", "b-1/y"], ["b-0/x"], ["b-1/y"]
+    for spec, keys in ((tmp_path, both), (f"{tmp_path}/b-*.tar", first), (tmp_path / "b-1.tar.gz", second)):
+        source = open_source(str(spec))
+        assert isinstance(source, TarSource)
+        assert [row.key for row in rows_of(source) if not row.refused.reason] == keys
+    last = rows_of(source)[-1]
+    assert last.refused == Refused("b-1.tar.gz", 1, None, "z", "foreign file: z.cls")
+    assert {row.source for row in rows_of(open_source(str(tmp_path)))} == {tmp_path.name}
+    (tmp_path / "b-0.tar").unlink()
+    units = source.units()[0]
+    (tmp_path / "b-1.tar.gz").unlink()
+    assert [row.refused.reason for row in source.read(units[0])] == ["unreadable: FileNotFoundError"]
+    with pytest.raises(UserError, match=r"no tar \(\*\.tar\) matches"):
+        open_source(f"{tmp_path}/*.tar")
+    with pytest.raises(UserError, match="key_column is for Parquet"):
+        open_source(f"{tmp_path}/*.tar", key_column="id")
+
+
+ONE, TWO = b"first image", b"second image"
+
+
+def test_all_three_outputs_of_img2dataset_are_read(tmp_path: Path) -> None:
+    stats = b'{"count": 3}'
+    table = {"key": ["000000000", "000000001", "000000002"], "caption": ["one", "two", "gone"], "url": ["a", "b", "c"]}
+    status = table | {"status": ["success", "success", "failed_to_download"]}
+    # webdataset: tars, and beside each a table of everything that was tried; the second sample has lost its text.
+    web = tmp_path / "web"
+    web.mkdir()
+    pack(web / "00000.tar", {"000000000.jpg": ONE, "000000000.txt": b"one", "000000000.json": b"{}", "000000001.jpg": TWO})
+    pq.write_table(pa.table(status), web / "00000.parquet")
+    (web / "00000_stats.json").write_bytes(stats)
+    # files: the members in folders.
+    files = tmp_path / "files"
+    folder_of(files, "00000/x")
+    for name, data in (("000000000.jpg", ONE), ("000000000.txt", b"one"), ("000000001.webp", TWO)):
+        (files / "00000" / name).write_bytes(data)
+    (files / "00000" / "000000001.json").write_text('{"caption": "two", "key": "000000001"}')
+    (files / "00000" / "000000002.json").write_text('{"caption": "gone", "status": "failed_to_download"}')
+    pq.write_table(pa.table(status), files / "00000.parquet")
+    (files / "00000_stats.json").write_bytes(stats)
+    # parquet: the bytes in a column.
+    parquet = tmp_path / "parquet"
+    parquet.mkdir()
+    pq.write_table(pa.table(status | {"jpg": [ONE, TWO, None]}), parquet / "00000.parquet")
+    (parquet / "00000_stats.json").write_bytes(stats)
+    expected = [(ONE, ["one"]), (TWO, ["two"])]
+    kinds = {web: TarSource, files: ImageFiles, parquet: ParquetSource}
+    for folder, kind in kinds.items():
+        source = open_source(str(folder))
+        assert isinstance(source, kind)
+        assert [(row.image, row.captions) for row in rows_of(source) if not row.refused.reason] == expected
+    assert rows_of(source)[2].refused.reason == "no image bytes"
+
+
+def test_captions_may_lie_in_files_beside_the_images(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "a/1.jpg", "a/2.v2.png", "3.jpg", "4.jpg", "5.jpg")
+    (folder / "a" / "1.txt").write_text("one")
+    (folder / "a" / "2.v2.json").write_text('{"alt": "two"}')
+    (folder / "3.txt").write_bytes("Bär".encode("latin-1"))
+    (folder / "4.txt").write_text(" ")
+    source = open_source(str(folder))
+    assert isinstance(source, ImageFiles)
+    rows = rows_of(source)
+    assert [(row.key, row.captions, row.refused.reason) for row in rows] == [
+        ("3.jpg", [], "caption not in UTF-8: 3.txt"),
+        ("4.jpg", [], "no caption"),
+        ("a/1.jpg", ["one"], ""),
+        ("a/2.v2.png", [], "no caption"),
+    ]
+    assert [(r.key, r.reason) for r in source.units()[1]] == [("5.jpg", "no caption")]
+    by_field = rows_of(open_source(str(folder), caption_column="alt"))
+    assert [row.captions for row in by_field] == [[], [], [], ["two"]]
+    # With a table it is the table that counts, and Hugging Face calls it metadata.
+    table(folder / "metadata.csv", "file_name,text\n3.jpg,three\n")
+    assert isinstance(open_source(str(folder)), ImageFolder)
+
+
+def test_a_source_is_read_from_any_store(tmp_path: Path) -> None:
+    folder = Folder(f"memory://{tmp_path.name}/in")
+    pack(tmp_path / "x.tar", {"d/1.jpg": b"1", "d/1.txt": b"one"})
+    folder.upload(tmp_path / "x.tar", "tars/x.tar")
+    (folder / "photos" / "deep").write_bytes("2.jpg", b"2")
+    (folder / "photos").write_text("captions.csv", "image,text\n2.jpg,two\n")
+    assert [(row.key, row.image) for row in rows_of(open_source(f"{folder.url}/tars"))] == [("x/d/1", b"1")]
+    assert [(row.key, row.image) for row in rows_of(open_source(f"{folder.url}/photos"))] == [("deep/2.jpg", b"2")]

@@ -1,8 +1,14 @@
 """Ingest: every row of the input ends in a shard or in the quarantine, in an order that a seed decides."""
 
 import csv
+import hashlib
 import io
 import json
+import re
+import socket
+import tarfile
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from msclip.data.shards import Manifest
+from msclip.data.shards import SCHEMA, Manifest, Shard
 from msclip.errors import UserError
 from msclip.eval.rows import open_rows
-from pipelines import cli, ingest
+from msclip.storage import Folder
+from pipelines import cli, contact_sheet, ingest
 
 
 def picture(shade: int, size: tuple[int, int] = (20, 16), kind: str = "JPEG") -> bytes:
@@ -128,17 +135,24 @@ def test_without_a_seed_parquet_keeps_its_order(
     ray_session: None, parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "shards"
-    (output / "shards").mkdir(parents=True)
-    (output / "INGESTING").touch()
-    for name in ("00099.parquet", ".tmp-12-0123456789ab"):
-        (output / "shards" / name).write_text("left by an ingest that was interrupted")
     options = ("--input", f"{parquet}/*.parquet", "--output", output, "--shard_rows", 8, "--shuffle_seed", "null")
     assert run(capsys, *options, "--source", "mine")[0] == 0
     rows = shard_rows(output)
     assert [row["captions"] for row in rows] == [[f"image {i}"] for i in range(30) if i not in (9, 22)]
     assert {row["source"] for row in rows} == {"mine"}
-    assert sorted(path.name for path in output.iterdir()) == ["manifest.json", "quarantine.jsonl", "shards"]
-    assert sorted(path.name for path in (output / "shards").iterdir()) == [f"{i:05}.parquet" for i in range(4)]
+    assert len(Manifest.load(str(output)).shards) == 4
+    assert written(output) == {"manifest.json", "manifest-000001.json", "quarantine.jsonl", "quarantine-ID.jsonl", *PAGES} | {
+        f"shards/ID/{i:05}.parquet" for i in range(4)
+    }
+
+
+PAGES = ("statistics.html", "contact_sheet.png")
+
+
+def written(output: Path) -> set[str]:
+    """All files, with the ingests' ids left out of their names."""
+    files = (str(path.relative_to(output)) for path in output.rglob("*") if path.is_file())
+    return {re.sub(r"\d{8}-\d{6}-[0-9a-f]{6}", "ID", file) for file in files}
 
 
 OWN = ("notes.txt", "shards/cats.parquet", "shards/00000.parquet.bak", "shards/more/00000.parquet")
@@ -158,7 +172,7 @@ def test_files_that_no_ingest_left_are_not_taken_for_one(
     (tmp_path / "out" / name).write_text("mine")
     status, _, error = run(capsys, "--input", parquet, "--output", tmp_path / "out")
     assert status == 2
-    assert f"must be empty, and it has {name.split('/')[0]}; choose another folder, or --overwrite true" in error
+    assert f"must be empty or hold a data set, and it has {name.split('/')[0]}; choose another folder, or --overw" in error
     assert [path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["mine"]
 
 
@@ -181,8 +195,9 @@ def test_overwriting_leaves_files_that_no_ingest_wrote(
     options = ("--input", parquet, "--output", output, "--overwrite", "true")
     assert run(capsys, *options, "--shard_rows", 8)[0] == 0
     assert run(capsys, *options, "--shard_rows", 16)[0] == 0
-    written = {"manifest.json", "quarantine.jsonl", "shards/00000.parquet", "shards/00001.parquet"}
-    assert {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()} == written | set(OWN)
+    ours = {"manifest.json", "manifest-000001.json", "quarantine.jsonl", "quarantine-ID.jsonl", *PAGES}
+    assert written(output) == ours | {"shards/ID/00000.parquet", "shards/ID/00001.parquet"} | set(OWN)
+    assert len(list((output / "shards").iterdir())) == 4  # the first ingest's folder is gone
     assert {(output / name).read_text() for name in OWN} == {"mine"}
 
 
@@ -194,7 +209,7 @@ def test_the_output_of_ingest_is_an_input_of_ingest_and_of_evaluation(
     assert run(capsys, "--input", first, "--output", second, "--shuffle_seed", "null")[0] == 0
     assert shard_rows(second) == shard_rows(first)
     assert quarantine(second) == []
-    rows = [row for _, row in open_rows(str(first)).read(["image", "captions", "key", "source"])]
+    rows = [row for _, row in open_rows(str(first)).read(SCHEMA.names)]
     assert rows == shard_rows(first)
 
 
@@ -204,14 +219,15 @@ def test_an_input_without_one_good_image_leaves_a_quarantine_and_no_data_set(
     pq.write_table(pa.table({"jpg": [b"x", None], "caption": ["a", "b"]}), tmp_path / "bad.parquet")
     status, _, error = run(capsys, "--input", tmp_path / "bad.parquet", "--output", tmp_path / "out")
     assert status == 2
-    assert "none of the 2 images could be used" in error
+    assert "none of the 2 rows" in error
+    assert "1 not an image, 1 no image bytes" in error
     assert [line["reason"] for line in quarantine(tmp_path / "out")] == ["not an image", "no image bytes"]
     with pytest.raises(UserError):
         Manifest.load(str(tmp_path / "out"))
     # The next attempt needs no leave to replace it.
     pq.write_table(pa.table({"jpg": [picture(1)], "caption": ["a"]}), tmp_path / "good.parquet")
     assert run(capsys, "--input", tmp_path / "good.parquet", "--output", tmp_path / "out")[0] == 0
-    assert not (tmp_path / "out" / "INGESTING").exists()
+    assert Manifest.load(str(tmp_path / "out")).rows == 1
 
 
 def test_a_damaged_file_ends_the_job_with_its_name_and_no_data_set(
@@ -227,9 +243,238 @@ def test_a_damaged_file_ends_the_job_with_its_name_and_no_data_set(
     assert "cannot read row group 1 of" in error
     assert "part-1.parquet" in error
     assert "Traceback" not in error
-    assert (tmp_path / "out" / "INGESTING").exists()
-    with pytest.raises(UserError):
-        Manifest.load(str(tmp_path / "out"))
+    assert written(tmp_path / "out") == set()
+
+
+def jpeg(number: int, size: tuple[int, int] = (64, 48), quality: int = 90) -> bytes:
+    """A picture of its own for each number: coarse noise, so that no two are near."""
+    noise = np.random.default_rng(number).integers(0, 256, (6, 8, 3), np.uint8)
+    image = Image.fromarray(noise).resize((64, 48), Image.Resampling.BICUBIC).resize(size, Image.Resampling.BICUBIC)
+    image.save(buffer := io.BytesIO(), "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def write_parquet(path: Path, rows: list[tuple[bytes, str]]) -> Path:
+    pq.write_table(pa.table({"image": [i for i, _ in rows], "caption": [c for _, c in rows]}), path, row_group_size=7)
+    return path
+
+
+def captions(output: Path) -> list[list[str]]:
+    return sorted(row["captions"] for row in shard_rows(output))
+
+
+def reasons(output: Path) -> Counter[str]:
+    return Counter(line["reason"].partition(":")[0] for line in quarantine(output))
+
+
+def test_dirty_tars_become_shards_and_every_member_is_accounted_for(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tars"
+    folder.mkdir()
+
+    def pack(name: str, members: list[tuple[str, bytes]], mode: str = "w") -> None:
+        with tarfile.open(folder / name, mode) as file:  # type: ignore[call-overload]
+            for member, data in members:
+                info = tarfile.TarInfo(member)
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+
+    def pair(i: int) -> list[tuple[str, bytes]]:
+        return [(f"d/{i:03}.jpg", jpeg(i)), (f"d/{i:03}.txt", f"picture {i}".encode())]
+
+    pack("0.tar", [*pair(0), ("README", b"hello"), *pair(1), *pair(0), ("d/alone.jpg", jpeg(99)), ("d/words.txt", b"x")])
+    pack("1.tar.gz", [m for i in range(2, 12) for m in pair(i)] + [("d/bad.jpg", b"no image"), ("d/bad.txt", b"y")], "w:gz")
+    pack("2.tar", [m for i in range(12, 22) for m in pair(i)])
+    whole = (folder / "2.tar").read_bytes()
+    (folder / "2.tar").write_bytes(whole[: len(whole) // 2])
+    (folder / "3.tar").write_bytes(b"")
+    output = tmp_path / "out"
+    status, printed, _ = run(capsys, "--input", folder, "--output", output, "--image_short_side", 32)
+    assert status == 0
+    rows = shard_rows(output)
+    kept = {int(row["captions"][0].split()[1]) for row in rows}
+    assert kept >= set(range(15))
+    assert 21 not in kept
+    assert {(row["width"], row["height"]) for row in rows} == {(43, 32)}
+    assert {row["sha256"] for row in rows} == {hashlib.sha256(jpeg(i)).digest() for i in kept}
+    assert {row["key"] for row in rows if row["captions"] == ["picture 2"]} == {"1/d/002"}
+    found = reasons(output)
+    assert found.pop("truncated tar") == 1
+    cut = found.pop("no caption") + found.pop("no image") - 2  # the pair that the end of 2.tar may have divided
+    assert 0 <= cut <= 1
+    assert found == {"foreign file": 1, "duplicate key": 2, "not an image": 1, "damaged tar": 1}
+    ingest_ = Manifest.load(str(output)).ingests[0]
+    assert ingest_["read"] == len(rows) + len(quarantine(output)) == ingest_["kept"] + sum(ingest_["dropped"].values())
+    assert f"ingested {len(rows)} rows" in printed
+
+
+def test_running_again_adds_a_version_and_old_ones_stay(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    first = write_parquet(tmp_path / "first.parquet", [(jpeg(i), f"first {i}") for i in range(10)])
+    second = write_parquet(
+        tmp_path / "second.parquet",
+        [(jpeg(3), "again"), (jpeg(4, (32, 24), 60), "smaller"), (jpeg(20), "new"), (jpeg(20), "twice"), (b"x", "bad")],
+    )
+    assert run(capsys, "--input", first, "--output", output)[0] == 0
+    before = {path: path.read_bytes() for path in output.rglob("*.parquet")}
+    old = Manifest.load(str(output))
+    status, _, error = run(capsys, "--input", first, "--output", output)
+    assert status == 2
+    assert "already, since version 1 of" in error
+    status, printed, _ = run(capsys, "--input", second, "--output", output, "--deduplicate", "near")
+    assert status == 0
+    assert "version 2 of the data set has 11 rows in 2 shards" in printed
+    assert captions(output) == sorted([*([f"first {i}"] for i in range(10)), ["new", "twice"]])
+    assert reasons(output) == {"duplicate": 2, "near duplicate": 1, "not an image": 1}
+    assert {line["key"]: line["reason"] for line in quarantine(output)}["second/1"] == "near duplicate: of first/4"
+    # The first version is as it was, by its own name.
+    again = Manifest.load(f"{output}/manifest-000001.json")
+    assert (again.rows, again.digest, again.shards) == (10, old.digest, old.shards)
+    assert {path: path.read_bytes() for path in before} == before
+    new = Manifest.load(str(output))
+    assert (new.version, new.sources, new.quarantined) == (2, {"first": 10, "second": 1}, 4)
+    assert (new.statistics["rows"], new.statistics["captions"]) == (11, 12)
+    assert [ingest_["kept"] for ingest_ in new.ingests] == [10, 1]
+    # Nothing new is no failure, and no version.
+    status, printed, _ = run(capsys, "--input", second, "--output", output, "--deduplicate", "exact", "--min_image_side", 30)
+    assert status == 0
+    assert "nothing to add" in printed
+    assert Manifest.load(str(output)) == new
+
+
+def test_a_data_set_from_before_versions_becomes_the_first_and_is_hashed_anew(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    (output / "shards").mkdir(parents=True)
+    table = pa.table({"image": [jpeg(1), jpeg(2)], "captions": [["a"], ["b"]], "key": ["1", "2"]})
+    pq.write_table(table, output / "shards" / "00000.parquet")
+    Manifest(Folder(output), (Shard.read(Folder(output), "shards/00000.parquet"),)).write()
+    more = write_parquet(tmp_path / "more.parquet", [(jpeg(2), "again"), (jpeg(3), "c")])
+    assert run(capsys, "--input", more, "--output", output, "--deduplicate", "exact")[0] == 0
+    assert Manifest.load(f"{output}/manifest-000001.json").rows == 2
+    assert Manifest.load(str(output)).version == 2
+    assert [line["reason"] for line in quarantine(output)] == ["duplicate: of 2"]
+
+
+def test_evaluation_images_queries_and_small_images_stay_out(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation = [write_parquet(tmp_path / f"eval-{i}.parquet", [(jpeg(i), "-"), (jpeg(90 + i), "-")]) for i in range(2)]
+    rows = [(jpeg(0), "dog"), (jpeg(1, (32, 24), 70), "dog"), (jpeg(2, (20, 10)), "dog"), (jpeg(3, (90, 20)), "dog")]
+    rows += [(jpeg(10 + i), f"a dog, number {i}") for i in range(12)] + [(jpeg(40), "Red car"), (jpeg(41), "redcar")]
+    rows += [(jpeg(42), "dog" * 40)]
+    data = write_parquet(tmp_path / "data.parquet", rows)
+    queries = tmp_path / "queries.txt"
+    queries.write_text("dog\nred car\n")
+    output = tmp_path / "out"
+    options = ["--decontaminate", *evaluation, "--queries", queries, "--pairs_per_query", 5, "--max_caption_chars", 100]
+    options += ["--min_image_side", 16, "--max_aspect_ratio", 4, "--input", data, "--output", output]
+    assert run(capsys, *options)[0] == 0
+    assert reasons(output) == {
+        "in an evaluation set": 2,
+        "too small": 1,
+        "aspect ratio too large": 1,
+        "over the cap of its queries": 7,
+        "matches no query": 1,
+        "caption too long": 1,
+    }
+    kept = captions(output)
+    assert len(kept) == 6
+    assert ["Red car"] in kept
+    # The lot is drawn by the seed.
+    assert run(capsys, *options, "--overwrite", "true")[0] == 0
+    assert captions(output) == kept
+    # Rows that are there already count for the cap.
+    more = write_parquet(tmp_path / "more.parquet", [(jpeg(60), "dog"), (jpeg(61), "red car")])
+    assert run(capsys, *options[2 + 1 :], "--input", more)[0] == 0
+    assert reasons(output) == {"over the cap of its queries": 1}
+
+
+def test_shards_end_by_rows_or_by_bytes(ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (500, 400, 3), np.uint8)
+    Image.fromarray(noise).save(large := io.BytesIO(), "PNG")  # 600 kB
+    rows = [(large.getvalue(), f"large {i}") for i in range(4)] + [(jpeg(i), f"small {i}") for i in range(11)]
+    data = write_parquet(tmp_path / "data.parquet", rows)
+    options = ("--input", data, "--output", tmp_path / "out", "--shuffle_seed", "null", "--shard_rows", 5, "--shard_mib", 1)
+    assert run(capsys, *options)[0] == 0
+    assert [shard.rows for shard in Manifest.load(str(tmp_path / "out")).shards] == [1, 1, 1, 5, 5, 2]
+
+
+def test_two_ingests_at_once_both_arrive(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    one = write_parquet(tmp_path / "one.parquet", [(jpeg(i), f"one {i}") for i in range(4)])
+    two = write_parquet(tmp_path / "two.parquet", [(jpeg(i), f"two {i}") for i in range(2, 6)])
+    publish = Manifest.publish
+    raced: list[bool] = []
+
+    def race(manifest: Manifest) -> None:
+        if not raced:  # just before the first ingest publishes, the other one begins, publishes and ends
+            raced.append(True)
+            ingest.main(["--input", str(two), "--output", str(output), "--deduplicate", "exact"])
+            assert (output / "shards").is_dir()
+        publish(manifest)
+
+    monkeypatch.setattr(Manifest, "publish", race)
+    status, printed, _ = run(capsys, "--input", one, "--output", output, "--deduplicate", "exact")
+    assert status == 0
+    assert "another ingest has published version 1: deciding again" in printed
+    assert captions(Path(output)) == [["one 0"], ["one 1"], ["two 2"], ["two 3"], ["two 4"], ["two 5"]]
+    assert [ingest_["kept"] for ingest_ in Manifest.load(str(output)).ingests] == [4, 2]
+    assert Manifest.load(f"{output}/manifest-000001.json").rows == 4
+    assert not [name for name in written(output) if "INGESTING" in name or "scratch" in name]
+
+
+DEAD, ALIVE = "20260101-000000-aaaaaa", "20260101-000000-bbbbbb"
+
+
+def test_what_a_killed_ingest_left_goes_and_what_another_writes_stays(
+    ray_session: None, parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    for name, owner in (
+        (DEAD, {"host": socket.gethostname(), "pid": 2**22 + 1, "time": time.time()}),
+        (ALIVE, {"host": "elsewhere", "pid": 1, "time": time.time() - 60}),
+    ):
+        for file in (f"shards/{name}/00000.parquet", f"scratch-{name}/000000.rows"):
+            (output / file).parent.mkdir(parents=True)
+            (output / file).write_text("in part")
+        (output / f"INGESTING-{name}").write_text(json.dumps(owner))
+    status, _, error = run(capsys, "--input", parquet, "--output", output, "--overwrite", "true")
+    assert status == 2
+    assert "another ingest writes there" in error
+    assert run(capsys, "--input", parquet, "--output", output)[0] == 0
+    left = {path.name for path in output.rglob("*")}
+    assert not any(DEAD in name for name in left)
+    assert {ALIVE, f"scratch-{ALIVE}", f"INGESTING-{ALIVE}"} <= left
+    # An hour without a word, and it counts as dead.
+    (output / f"INGESTING-{ALIVE}").write_text(json.dumps({"host": "elsewhere", "pid": 1, "time": time.time() - 4000}))
+    assert run(capsys, "--input", parquet, "--output", output, "--deduplicate", "exact")[0] == 0
+    assert not any(ALIVE in path.name for path in output.rglob("*"))
+    assert Manifest.load(str(output)).rows == 28
+
+
+def test_the_page_and_the_sheet_show_what_there_is(
+    ray_session: None, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "shards"
+    assert run(capsys, "--input", photos, "--output", output)[0] == 0
+    page = (output / "statistics.html").read_text()
+    for text in ("<h1>shards</h1>", "manifest-000001.json", "80", "no such image", "Caption length", "data:image/jpeg;base64,"):
+        assert text in page
+    assert "http" not in re.sub(r"http://www\.w3\.org/[\w/]*", "", page)  # self-contained
+    sheet = Image.open(output / "contact_sheet.png")
+    assert sheet.width > 1000
+    samples = contact_sheet.sample(Manifest.load(str(output)))
+    assert len(samples) == 40
+    assert contact_sheet.sample(Manifest.load(str(output)), 4) == contact_sheet.sample(Manifest.load(str(output)), 4)
+    assert {s.more for s in samples} == {1}
+    assert sheet.tobytes() == contact_sheet.draw(samples, "shards, version 1: 40 images").tobytes()
 
 
 def test_shards_without_a_manifest_are_no_data_set(photos: Path, tmp_path: Path) -> None:
@@ -245,7 +490,7 @@ def test_shards_without_a_manifest_are_no_data_set(photos: Path, tmp_path: Path)
     [
         (["--input", "{}/nowhere"], "not found"),
         (["--input", "{}/nowhere.parquet"], "do not exist"),
-        (["--input", "{}/empty"], "neither images nor Parquet"),
+        (["--input", "{}/empty"], "neither images nor Parquet files nor tars"),
         (["--input", "{}/photos", "--caption_column", "prose"], "has only the columns file_name, text"),
         (["--input", "{}/photos", "--captions", "missing.csv"], "does not exist"),
         (["--input", "{}/parquet", "--image_column", "text"], "must hold the bytes of image files"),

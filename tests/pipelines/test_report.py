@@ -157,10 +157,11 @@ def test_bad_rows_are_counted_by_reason_and_shard_and_the_first_shown(whole_run:
     assert whole_page.count("&lt;k") == report.SHOWN_BAD_ROWS
 
 
-def test_bad_rows_of_ingest_are_found_beside_the_shards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("data", ["shards", "shards/manifest-000003.json"])
+def test_bad_rows_of_ingest_are_found_beside_the_shards(tmp_path: Path, data: str) -> None:
     run = Folder(tmp_path / "run")
     write_metrics(run)
-    run.write_text("config.yaml", yaml.safe_dump({"data": {"train": str(tmp_path / "shards")}}))
+    run.write_text("config.yaml", yaml.safe_dump({"data": {"train": str(tmp_path / data)}}))
     Folder(tmp_path / "shards").write_text("quarantine.jsonl", '{"shard": "a.csv", "row": 3, "reason": "empty file"}\n')
     assert "1 in ingest" in write_page(tmp_path / "run")
 

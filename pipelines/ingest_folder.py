@@ -1,0 +1,129 @@
+"""The output folder of ingest: who writes there now, what dead ones left, and what may be cleared.
+
+Everything an ingest writes before its manifest lies in folders named by its id, and a file INGESTING-<id> stands beside them
+from before the first write until after the last. So ingests do not meet until they publish, and what one left that was
+killed can be told from what another is writing.
+"""
+
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+
+from pyarrow import fs
+
+from msclip.data.shards import MANIFEST, is_data_set, newest, read_manifest, version_file, versions
+from msclip.errors import UserError
+from msclip.storage import Folder
+from pipelines.data_page import PAGE, SHEET
+
+INGESTING = "INGESTING-"
+SHARDS = "shards"
+QUARANTINE = "quarantine.jsonl"
+
+_ID = r"\d{8}-\d{6}-[0-9a-f]{6}"
+_OWN = re.compile(rf"manifest(-\d{{6,}})?\.json|quarantine(-{_ID})?\.jsonl|{re.escape(PAGE)}|{re.escape(SHEET)}")
+_OLD_SHARD = re.compile(r"\d{5,}\.parquet")  # of manifests from before there were versions
+_REFRESH_SECONDS, _DEAD_SECONDS = 60, 3600
+
+
+@contextmanager
+def ingesting(output: Folder) -> Iterator[str]:
+    """An id of the ingest's own while the body runs.
+
+    Its scratch folder goes afterwards, and its shards too unless a manifest names them. What dead ingests left goes first.
+    """
+    for name in output.names(f"{INGESTING}*"):
+        if _is_dead(output, name):
+            _discard(output, name.removeprefix(INGESTING))
+    own = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    stop = threading.Event()
+
+    def say_alive() -> None:
+        told = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        output.write_text(f"{INGESTING}{own}", json.dumps(told) + "\n")
+
+    def refresh() -> None:
+        while not stop.wait(_REFRESH_SECONDS):
+            with suppress(OSError):  # the storage may be slow to answer; the next word will do
+                say_alive()
+
+    say_alive()
+    thread = threading.Thread(target=refresh, daemon=True)
+    thread.start()
+    try:
+        yield own
+    finally:
+        stop.set()
+        thread.join()
+        _discard(output, own)
+
+
+def _is_dead(output: Folder, name: str) -> bool:
+    try:
+        told = json.loads(output.read_text(name))
+        if told["host"] == socket.gethostname() and told["pid"] != os.getpid():
+            os.kill(told["pid"], 0)  # signal 0 only asks whether the process is there
+        return bool(time.time() - told["time"] > _DEAD_SECONDS)
+    except (ProcessLookupError, ValueError, KeyError, TypeError):
+        return True
+    except OSError:
+        return False  # gone meanwhile, or another user's
+
+
+def _discard(output: Folder, ingest: str) -> None:
+    """Deletes what an ingest left that has not been published; the marker last."""
+    if re.fullmatch(_ID, ingest):
+        output.delete(f"scratch-{ingest}")
+        discard_shards(output, ingest)
+    output.delete(f"{INGESTING}{ingest}")
+
+
+def discard_shards(output: Folder, ingest: str) -> None:
+    """Deletes an ingest's shards, unless a manifest names them."""
+    place = f"{SHARDS}/{ingest}"
+    known = (read_manifest(output, version_file(v)) for v in reversed(versions(output)))
+    if output.exists(place) and not any(file.startswith(f"{place}/") for manifest in known for file in manifest.files):
+        output.delete(place)
+        if not (output / SHARDS).names():
+            output.delete(SHARDS)
+
+
+def check_output(output: Folder, overwrite: bool) -> None:
+    """Raises `UserError` unless the folder is empty, holds a data set, or may be overwritten."""
+    if output.exists(MANIFEST) and not is_data_set(output):
+        raise UserError(f"output {output.url} has a {MANIFEST} that no ingest wrote; choose another folder")
+    alive = [name for name in output.names(f"{INGESTING}*") if not _is_dead(output, name)]
+    if overwrite and alive:
+        told = output.read_text(alive[0]).strip()
+        raise UserError(
+            f"output {output.url} cannot be overwritten while another ingest writes there ({told}); wait for it, or, if it is "
+            f"gone, delete {alive[0]}"
+        )
+    if overwrite or newest(output) or output.names(f"{INGESTING}*"):
+        return
+    names = output.names()
+    if any(re.fullmatch(rf"quarantine-{_ID}\.jsonl", name) for name in names):  # left by an ingest that could use nothing
+        names = [name for name in names if not _OWN.fullmatch(name)]
+    if names:
+        raise UserError(
+            f"output {output.url} must be empty or hold a data set, and it has {', '.join(names[:5])}; choose another folder, "
+            f"or --overwrite true, which replaces what ingests wrote and leaves other files"
+        )
+
+
+def clear(output: Folder) -> None:
+    """Deletes what earlier ingests wrote and nothing else; the manifests first: what is left of a data set is none."""
+    for name in sorted(output.names(), key=lambda name: not name.startswith("manifest")):
+        if _OWN.fullmatch(name):
+            output.delete(name)
+    shards = output / SHARDS
+    for info in shards.filesystem.get_file_info(fs.FileSelector(shards.path, allow_not_found=True)):
+        if re.fullmatch(_ID, info.base_name) or (info.type == fs.FileType.File and _OLD_SHARD.fullmatch(info.base_name)):
+            shards.delete(info.base_name)
