@@ -4,24 +4,27 @@ A JPEG that will shrink is decoded at 1/2, 1/4 or 1/8 of its size (Pillow's draf
 whole pipeline for photographs; the decoded image is never smaller than what is kept of it, for evaluation never under
 twice that. Pixels stay uint8 until they
 reach the model's device, a quarter of the bytes to move. Evaluation geometry is the field's: shorter side bicubic, then
-the centre square.
+the centre square. Decoding processes import this file, so PyTorch is imported only by what makes tensors.
 """
+
+from __future__ import annotations
 
 import io
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, UInt8
 from PIL import Image, ImageEnhance, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
-from torch import Tensor
 
 from msclip.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
+    from torch import Tensor
 
 MAX_PIXELS = 2**26
 """Larger images are refused by their header: 192 MiB once decoded."""
@@ -81,7 +84,7 @@ def _short_reasons() -> Iterator[None]:
         raise BadImage("truncated" if "truncated" in text.lower() else f"broken: {text[:100]}") from error
 
 
-def _opened(data: bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, int]:
+def _opened(data: bytes | memoryview | Image.Image, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, int]:
     """An image of which only the header has been read, and its EXIF orientation (1 to 8)."""
     if isinstance(data, Image.Image):
         image = data.copy()  # loads it: the caller's own stays as it is
@@ -116,9 +119,10 @@ def _view(image: Image.Image, turn: int, box: Box, size: int, margin: int, backg
     image.load()
     # Resizing only what the box keeps is the same picture, and a strip of 10,000 x 1 stays small.
     right, bottom = min(right * extent[0], image.width), min(bottom * extent[1], image.height)
-    square = _rgb(image, background).resize(
-        (size, size), Image.Resampling.BICUBIC, box=(left * extent[0], top * extent[1], right, bottom)
-    )
+    kept = left * extent[0], top * extent[1], right, bottom
+    square = _rgb(image, background)
+    if square.size != (size, size) or kept != (0, 0, size, size):
+        square = square.resize((size, size), Image.Resampling.BICUBIC, box=kept)
     return square.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else square
 
 
@@ -203,7 +207,7 @@ class Preprocess:
         if min(self.std) <= 0:
             raise UserError(f"std must be positive, got {self.std}")
 
-    def pixels(self, data: bytes | Image.Image) -> UInt8[np.ndarray, "size size 3"]:
+    def view(self, data: bytes | memoryview | Image.Image) -> Image.Image:
         """The evaluation view: shorter side to `image_size`, bicubic, then the centre square.
 
         Raises:
@@ -212,11 +216,9 @@ class Preprocess:
         with _short_reasons():
             image, turn = _opened(data)
             box = centre_box(*_upright_size(image, turn), self.image_size)
-            return np.array(_view(image, turn, box, self.image_size, _EVALUATION_MARGIN, self.background))
+            return _view(image, turn, box, self.image_size, _EVALUATION_MARGIN, self.background)
 
-    def train_pixels(
-        self, data: bytes | Image.Image, augment: Augment, rng: np.random.Generator
-    ) -> UInt8[np.ndarray, "size size 3"]:
+    def train_view(self, data: bytes | memoryview | Image.Image, augment: Augment, rng: np.random.Generator) -> Image.Image:
         """A random view for training: crop, then mirror, colours and grey as `augment` says.
 
         The same bytes and the same state of rng give the same pixels.
@@ -227,23 +229,37 @@ class Preprocess:
         with _short_reasons():
             image, turn = _opened(data)
             box = random_box(*_upright_size(image, turn), augment, rng)
-            return np.array(_varied(_view(image, turn, box, self.image_size, 1, self.background), augment, rng))
+            return _varied(_view(image, turn, box, self.image_size, 1, self.background), augment, rng)
+
+    def pixels(self, data: bytes | Image.Image) -> UInt8[np.ndarray, "size size 3"]:
+        """`view` as an array."""
+        return np.array(self.view(data))
+
+    def train_pixels(
+        self, data: bytes | Image.Image, augment: Augment, rng: np.random.Generator
+    ) -> UInt8[np.ndarray, "size size 3"]:
+        """`train_view` as an array."""
+        return np.array(self.train_view(data, augment, rng))
 
     def images(self, pixels: UInt8[Tensor, "batch size size 3"]) -> Float[Tensor, "batch 3 size size"]:
         """Normalised float32 on the tensor's device, in channels-last memory order."""
+        import torch
+
         mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
         return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
 
     def __call__(self, data: bytes | Image.Image) -> Float[Tensor, "3 size size"]:
         """The evaluation view, normalised."""
+        import torch
+
         return self.images(torch.from_numpy(self.pixels(data))[None])[0]
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Preprocess":
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocess:
         settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**settings)
 

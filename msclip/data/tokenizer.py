@@ -6,6 +6,8 @@ official MS-CLIP tokenizer cuts it off (`truncation="official"`), after which ev
 embedding.
 """
 
+from __future__ import annotations
+
 import gzip
 import html
 import json
@@ -13,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 # One thread a process: pipelines run a process a core. Set, the library also stays silent when a process forks.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,13 +23,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import ftfy
 import numpy as np
 import tokenizers
-import torch
-from jaxtyping import Int32, Int64
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
 
 from msclip.errors import UserError
 from msclip.storage import Folder
+
+if TYPE_CHECKING:
+    from jaxtyping import Int32, Int64
+    from torch import Tensor
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -85,7 +88,7 @@ class Tokenizer:
         self._library = library
 
     @classmethod
-    def train(cls, captions: Iterable[str], vocab_size: int, context_length: int = 77) -> "Tokenizer":
+    def train(cls, captions: Iterable[str], vocab_size: int, context_length: int = 77) -> Tokenizer:
         """A byte-level BPE of these captions; it may end smaller than vocab_size when they hold too few words.
 
         Raises:
@@ -120,7 +123,7 @@ class Tokenizer:
         return cls(_from_merges([(left, right) for left, right in merges]), context_length)
 
     @classmethod
-    def load(cls, spec: str, context_length: int = 77, truncation: Truncation = "end") -> "Tokenizer":
+    def load(cls, spec: str, context_length: int = 77, truncation: Truncation = "end") -> Tokenizer:
         """The tokenizer that spec names.
 
         Args:
@@ -143,6 +146,8 @@ class Tokenizer:
 
     def __call__(self, texts: str | Sequence[str]) -> Int64[Tensor, "captions context_length"]:
         """`encode_numpy` as a tensor; one text gives one row."""
+        import torch
+
         return torch.from_numpy(self.encode_numpy([texts] if isinstance(texts, str) else texts)).long()
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -161,7 +166,7 @@ class Tokenizer:
         return json.dumps({**settings, "tokenizer": json.loads(self._library.to_str())}, ensure_ascii=False)
 
     @staticmethod
-    def from_json(text: str) -> "Tokenizer":
+    def from_json(text: str) -> Tokenizer:
         """The tokenizer of `to_json`; the same text gives the same object.
 
         Raises:
