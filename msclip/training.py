@@ -183,7 +183,6 @@ class Reporter:
         """Begins a new stretch of steps, from now."""
         self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
         self.bad: list[BadRow] = []
-        self.opened = 0
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, with the time spent waiting for them counted."""
@@ -200,7 +199,6 @@ class Reporter:
         """One more step, made with `batch`."""
         self.steps += 1
         self.bad += batch.bad
-        self.opened += batch.opened
 
     def report(self, step: int, batch: Batch, metrics: Mapping[str, Tensor | float]) -> dict[str, Any]:
         """The record of the steps since `restart`; speed and waiting are those of the slowest worker.
@@ -209,13 +207,13 @@ class Reporter:
             TrainingError: more rows were bad than the run allows.
         """
         elapsed = time.perf_counter() - self.started
-        mine = {"bad": self.bad, "opened": self.opened, "waited": self.waited, "rows": batch.rows, "bad_rows": self.bad_rows}
+        mine = {"bad": self.bad, "waited": self.waited, "rows": batch.rows, "bad_rows": self.bad_rows}
         reports = all_gather_objects(mine)
         bad = [row for report in reports for row in report["bad"]]
         # Rank 0 alone knows of the rows before a resumption.
         self.bad_rows = reports[0]["bad_rows"] + len(bad)
         self.bad_here += len(bad)
-        self.read_here += sum(report["opened"] for report in reports)
+        self.read_here += self.steps * self.global_batch
         record = {
             "step": step,
             "epoch": float(batch.epoch),

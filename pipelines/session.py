@@ -81,11 +81,10 @@ def offered() -> bool:
     return read_ray_address() in find_gcs_addresses()
 
 
-def uses_gpu(config: ClusterConfig, decode_cpus: float, started: bool) -> bool:
+def uses_gpu(config: ClusterConfig, started: bool) -> bool:
     """Whether this job trains on GPUs.
 
     Args:
-        decode_cpus: what one decoding task occupies beside the training workers.
         started: the cluster was started by this process, with more logical CPUs than the machine has.
 
     Raises:
@@ -105,13 +104,13 @@ def uses_gpu(config: ClusterConfig, decode_cpus: float, started: bool) -> bool:
             "cluster.use_gpu false, or set cluster.autoscaling true if nodes are to be added"
         )
     workers = config.num_workers * config.cpus_per_worker
-    cpus, wanted = have.get("CPU", 0), workers + decode_cpus
+    cpus, wanted = have.get("CPU", 0), workers + 1  # one to read data with
     if started:
         cpus, wanted = os.cpu_count() or 1, workers
     if wanted > cpus:
         raise UserError(
-            f"cluster.num_workers {config.num_workers} with cluster.cpus_per_worker {config.cpus_per_worker:g} and "
-            f"data.decode_cpus {decode_cpus:g} ask for {wanted:g} CPUs and the cluster has {cpus:g}; lower one of them, or set "
+            f"cluster.num_workers {config.num_workers} with cluster.cpus_per_worker {config.cpus_per_worker:g}, and 1 CPU to "
+            f"read data with, ask for {wanted:g} CPUs and the cluster has {cpus:g}; lower one of them, or set "
             "cluster.autoscaling true if nodes are to be added"
         )
     return gpu
@@ -126,6 +125,7 @@ class RayRun:
         context = ray.train.get_context()
         self.rank: int = context.get_world_rank()
         self.world_size: int = context.get_world_size()
+        self.local_world_size: int = context.get_local_world_size()
         self.folder = folder
 
     @cached_property

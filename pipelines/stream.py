@@ -1,12 +1,12 @@
-"""Decoded units through Ray Data: it reads, decodes and tokenises on any CPU of the cluster what the plan lists, in order.
+"""Image files and captions through Ray Data: on any CPU of the cluster it reads what the plan lists, in order.
 
-Each training worker has its own stream. A unit is one task, and its result one row of one block (a row of large arrays), so
-Ray Data can neither split nor join units; with `preserve_order` they arrive as listed. `streaming_split(1)` puts the executor
-into a process of its own, away from the training step. A stream is cut into spans of at most 1,024 units because an
-execution plans all its tasks at the start (5 ms each on two busy cores); the next span starts while the last units of the
-previous one come.
+Each training worker has its own stream. A task reads a few units, and its result is one row of one block (a row of large
+arrays), so Ray Data can neither split nor join units; with `preserve_order` they arrive as listed. Images stay compressed on
+their way: decoded they would be ten times the bytes for the object store, the network and the training process to move. A
+stream is cut into spans of tasks because an execution plans all its tasks at the start (5 ms each on two busy cores); the
+next span starts while the last tasks of the previous one come.
 
-A task carries two object references instead of the manifest, the tokenizer and the row ids: those are fetched once a process.
+A task carries two object references instead of the manifest and the row ids: those are fetched once a process.
 """
 
 import hashlib
@@ -17,31 +17,36 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 from ray.data import DataContext, Datasource, ExecutionResources, ReadTask
-from ray.data.block import Block, BlockAccessor, BlockMetadata
+from ray.data.block import Block, BlockMetadata
 
-from msclip.data.decode import BadRow, Decoded, decode_unit
-from msclip.data.images import Augment, Preprocess
+from msclip.data.decode import Encoded, read_unit
 from msclip.data.plan import Plan, Unit
 from msclip.data.shards import Manifest
-from msclip.data.tokenizer import Tokenizer
 from msclip.errors import UserError
 
 T = TypeVar("T")
-SPAN_UNITS = 1024
-_PREFETCH_UNITS = 4
-_EARLY_UNITS = 256
+TASK_BYTES = 16 * 2**20
+"""Of image files that a task reads, roughly: a quarter of a second's work, next to some milliseconds to schedule it."""
+SPAN_TASKS = 512
+_EARLY_TASKS = 64
+"""Left when the next span starts."""
+_PREFETCH_TASKS = 4
 _STORE_SHARE = 0.4
-"""Of the cluster's object memory, for the finished units of all workers; two spans overlap for a while, hence under 1/2."""
-_PATIENCE_SECONDS = 60
+"""Of the cluster's object memory, for what was read and not fetched, of all workers; two spans overlap for a while, hence
+under 1/2."""
+READ_CPUS = 1.0
+"""Logical CPUs of a reading task. At least this many must be left beside the training workers."""
+_HEAD_THREADS = 8
 _NODES_COME_SECONDS = 15 * 60
 """Time for an autoscaler to add nodes, where the training workers hold every CPU."""
 _ATTEMPTS = 5
@@ -54,15 +59,12 @@ class _Shared(NamedTuple):
     """What every task of a stream needs."""
 
     manifest: Manifest
-    preprocess: Preprocess
-    tokenizer: str
-    augment: Augment | None
     seed: int
 
 
 @dataclass(frozen=True)
 class _Handle:
-    """Where a `_Shared` is. Handles of equal content are equal: a process decodes for several training workers."""
+    """Where a `_Shared` is. Handles of equal content are equal: a process reads for several training workers."""
 
     digest: str
     reference: ray.ObjectRef = field(compare=False)
@@ -91,49 +93,48 @@ class _Units(NamedTuple):
 def ray_units(
     manifest: Manifest,
     plan: Plan,
-    preprocess: Preprocess,
-    tokenizer_json: str,
-    augment: Augment | None,
     rank: int,
     world_size: int,
     start_step: int,
     stop_step: int | None,
     *,
-    num_cpus: float = 1.0,
-    span_units: int = SPAN_UNITS,
-) -> Iterator[Decoded]:
-    """The decoded units of a rank, as `Plan.units` lists them; call it inside the training worker.
+    task_bytes: int = TASK_BYTES,
+    span_tasks: int = SPAN_TASKS,
+) -> Iterator[Encoded]:
+    """The units of a rank, read, as `Plan.units` lists them; call it inside the training worker.
 
     Nothing starts before the first `next`. Closing the generator stops what is still running.
 
-    Args:
-        num_cpus: logical CPUs a task occupies. At least this many must be left beside the training workers, or the stream
-            waits for nodes: a warning after 1 minute, an error after 16.
-
     Raises:
-        UserError: what `decode_unit` found, with its words; or no node came with CPUs for decoding.
+        UserError: what `read_unit` found, with its words; or no node came with a CPU for reading.
         ray.exceptions.RayTaskError: any other failure of a task, with its traceback.
     """
-    content = _Shared(manifest, preprocess, tokenizer_json, augment, plan.seed)
+    content = _Shared(manifest, plan.seed)
     shared = _Handle(hashlib.sha256(pickle.dumps(content)).hexdigest(), ray.put(content))
     units = plan.units(rank, world_size, start_step, stop_step)
-    row_bytes = 3 * preprocess.image_size**2
-    context = _context(plan.unit_rows * row_bytes, world_size)
+    row_bytes = sum(shard.size for shard in manifest.shards) / manifest.rows
+    task_units = max(1, round(task_bytes / (row_bytes * plan.unit_rows)))
+    context = _context(round(row_bytes * plan.unit_rows * task_units), world_size)
 
     def start() -> _Span | None:
-        listed = list(itertools.islice(units, span_units))
-        return _Span(listed, row_bytes, shared, context, num_cpus) if listed else None
+        listed = list(itertools.islice(units, span_tasks * task_units))
+        return _Span(listed, task_units, row_bytes, shared, context) if listed else None
 
+    # Ray Data needs seconds to start. Meanwhile the units of the first batch are read here.
+    first = plan.units(rank, world_size, start_step, start_step + 1)
+    head = list(itertools.islice(units, sum(1 for _ in first)))
     idle = ray.available_resources().get("CPU", 0)
-    spans = [_in_background(start)]  # the current one, and from its last units on the next
+    spans = [_in_background(start)]  # the current one, and from its last tasks on the next
     try:
-        if idle < num_cpus:
-            _wait_for_nodes(spans[0], num_cpus, idle)
+        with ThreadPoolExecutor(_HEAD_THREADS, thread_name_prefix="first-units") as pool:
+            yield from pool.map(lambda unit: _patiently(partial(read_unit, manifest, unit, plan.seed)), head)
+        if idle < READ_CPUS:
+            _wait_for_nodes(spans[0], idle)
         while (span := spans[0].result()) is not None:
             for left in range(span.count - 1, -1, -1):
-                if left <= _EARLY_UNITS and len(spans) == 1:
+                if left <= _EARLY_TASKS and len(spans) == 1:
                     spans.append(_in_background(start))
-                yield span.next()
+                yield from span.next()
             spans.pop(0)
             span.close()
     finally:
@@ -142,29 +143,38 @@ def ray_units(
 
 
 class _Span:
-    """One execution of Ray Data, whose first unit is there."""
+    """One execution of Ray Data, whose first task is done."""
 
-    def __init__(self, units: list[Unit], row_bytes: int, shared: _Handle, context: DataContext, num_cpus: float):
-        self.count = len(units)
+    def __init__(self, units: list[Unit], task_units: int, row_bytes: float, shared: _Handle, context: DataContext):
+        self.units = units
         self._listed = ray.put(_Units.of(units))
-        source = _PlanSource([len(unit.row) * row_bytes for unit in units], shared, self._listed)
+        tasks = [range(at, min(at + task_units, len(units))) for at in range(0, len(units), task_units)]
+        self.count = len(tasks)
+        sizes = [round(sum(len(units[i].row) for i in task) * row_bytes) for task in tasks]
+        source = _PlanSource(tasks, sizes, shared, self._listed)
         with DataContext.current(context):
-            decoded = ray.data.read_datasource(source, num_cpus=num_cpus, override_num_blocks=self.count)
-            # One split for one consumer: for the sake of the executor's own process, not of splitting.
-            stream = decoded.streaming_split(1)[0].iter_batches(batch_size=1, prefetch_batches=_PREFETCH_UNITS)
+            read = ray.data.read_datasource(source, num_cpus=READ_CPUS, override_num_blocks=self.count)
+            stream = read.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=_PREFETCH_TASKS)
         self._blocks: Any = iter(stream)
         self._first = next(self._blocks, None)
 
-    def next(self) -> Decoded:
+    def next(self) -> Iterator[Encoded]:
+        """The units of one task."""
         block, self._first = self._first or next(self._blocks, None), None
         if block is None:
-            raise RuntimeError(f"Ray Data brought fewer than the {self.count} units it was given")
-        notes = json.loads(block["notes"][0])
+            raise RuntimeError(f"Ray Data brought fewer than the {self.count} blocks it was asked for")
+        notes = json.loads(block["notes"][0].as_py())
         if "error" in notes:
             raise UserError(notes["error"])
         # Copied out of shared memory: what is held there counts for nobody, and would stop the executor at its limit.
-        arrays = {name: np.array(block[name][0]) for name in ("row", "pixels", "token_ids")}
-        return Decoded(notes["epoch"], bad=tuple(BadRow(**row) for row in notes["bad"]), **arrays)
+        files, numbers = (np.frombuffer(block[name].chunk(0)[0].as_buffer(), kind).copy() for name, kind in _ARRAYS)
+        captions = block["captions"][0].as_py()
+        file_at = row_at = 0
+        for epoch, count, size in notes["units"]:
+            rows = slice(row_at, row_at + count)
+            row, ends = numbers.reshape(2, -1)[:, rows]
+            yield Encoded(epoch, row, files[file_at : file_at + size], ends, tuple(captions[rows]))
+            file_at, row_at = file_at + size, row_at + count
 
     def close(self) -> None:
         """Ends the execution if it still runs."""
@@ -172,19 +182,24 @@ class _Span:
             self._blocks.close()
 
 
-def _wait_for_nodes(span: Future[_Span | None], num_cpus: float, idle: float) -> None:
-    message = (
-        f"no data after {{:.0f}} s: a decoding task needs {num_cpus:g} CPUs (data.decode_cpus), and of the cluster's "
-        f"{ray.cluster_resources().get('CPU', 0):g} the training workers leave {idle:g}. Use fewer workers "
-        "(cluster.num_workers) or fewer CPUs for each (cluster.cpus_per_worker), or add nodes"
-    )
-    if not wait([span], timeout=_PATIENCE_SECONDS).done:
-        logger.warning(message.format(_PATIENCE_SECONDS))
-        if not wait([span], timeout=_NODES_COME_SECONDS).done:
-            raise UserError(message.format(_PATIENCE_SECONDS + _NODES_COME_SECONDS))
+_ARRAYS: tuple[tuple[str, Any], ...] = (("files", np.uint8), ("numbers", np.int64))
 
 
-def _close(span: Future[_Span | None]) -> None:
+def _wait_for_nodes(span: "Future[_Span | None]", idle: float) -> None:
+    """Gives an autoscaler time.
+
+    Raises:
+        UserError: no CPU came.
+    """
+    if not wait([span], timeout=_NODES_COME_SECONDS).done:
+        raise UserError(
+            f"no data after {_NODES_COME_SECONDS:.0f} s: a reading task needs {READ_CPUS:g} CPU, and of the cluster's "
+            f"{ray.cluster_resources().get('CPU', 0):g} the training workers leave {idle:g}. Use fewer workers "
+            "(cluster.num_workers) or fewer CPUs for each (cluster.cpus_per_worker), or add nodes"
+        )
+
+
+def _close(span: "Future[_Span | None]") -> None:
     if span.exception() is None and (started := span.result()) is not None:
         started.close()
 
@@ -216,39 +231,46 @@ def _context(unit_bytes: int, world_size: int) -> DataContext:
 
 
 class _PlanSource(Datasource):
-    """The units of a span, one reading task each, which also decodes.
+    """The units of a span, a few to each reading task."""
 
-    Not `range(...).map_batches(...)`: that runs a second, empty task for each unit, which holds a CPU when all should decode.
-    """
-
-    def __init__(self, sizes: list[int], shared: _Handle, units: ray.ObjectRef):
+    def __init__(self, tasks: list[range], sizes: list[int], shared: _Handle, units: ray.ObjectRef):
         super().__init__()
-        self._sizes, self._shared, self._units = sizes, shared, units
+        self._tasks, self._sizes, self._shared, self._units = tasks, sizes, shared, units
 
     def estimate_inmemory_data_size(self) -> int:
         return sum(self._sizes)
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
         return [
-            ReadTask(partial(_decode, index, self._shared, self._units), BlockMetadata(1, size, None, None))
-            for index, size in enumerate(self._sizes)
+            ReadTask(partial(_read, task, self._shared, self._units), BlockMetadata(1, size, None, None))
+            for task, size in zip(self._tasks, self._sizes, strict=True)
         ]
 
 
-def _decode(index: int, shared: _Handle, units: ray.ObjectRef) -> list[Block]:
-    """The task: one unit, as one row of arrays and a note of what went wrong."""
-    manifest, preprocess, tokenizer, augment, seed = _fetch_shared(shared)
-    unit = _fetch_units(units).unit(index)
+def _read(task: range, shared: _Handle, units: ray.ObjectRef) -> list[Block]:
+    """The task: some units, as one row of arrays and a note on how to take them apart."""
+    manifest, seed = _fetch_shared(shared)
+    listed = _fetch_units(units)
+    notes: dict[str, Any]
     try:
-        decoded = _patiently(lambda: decode_unit(manifest, unit, preprocess, tokenizer, augment, seed))
-        notes: dict[str, Any] = {"epoch": decoded.epoch, "bad": [asdict(row) for row in decoded.bad]}
-        arrays = decoded.row, decoded.pixels, decoded.token_ids
+        read = [_patiently(partial(read_unit, manifest, listed.unit(index), seed)) for index in task]
     except UserError as error:  # raised in the training worker: Ray would wrap it in two tracebacks
-        size = preprocess.image_size
-        notes = {"error": str(error)}
-        arrays = unit.row[:0], np.empty((0, size, size, 3), np.uint8), np.empty((0, tokenizer.context_length), np.int32)
-    columns = {name: array[None] for name, array in zip(("row", "pixels", "token_ids"), arrays, strict=True)}
-    return [BlockAccessor.batch_to_block({**columns, "notes": np.array([json.dumps(notes)], dtype=object)})]
+        read, notes = [], {"error": str(error)}
+    else:
+        notes = {"units": [(unit.epoch, len(unit.row), len(unit.files)) for unit in read]}
+    nothing = np.empty(0, np.uint8)
+    arrays = {
+        "files": np.concatenate([nothing, *(unit.files for unit in read)]),
+        "numbers": np.concatenate([nothing, *(unit.row for unit in read), *(unit.ends for unit in read)]).astype(np.int64),
+    }
+    cells = {name: _as_cell(array) for name, array in arrays.items()}
+    captions = pa.array([[caption for unit in read for caption in unit.captions]], pa.list_(pa.string()))
+    return [pa.table({**cells, "captions": captions, "notes": [json.dumps(notes)]})]
+
+
+def _as_cell(array: np.ndarray) -> pa.Array:
+    """One binary value, without a copy."""
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, array.nbytes])), pa.py_buffer(array)])
 
 
 def _patiently(action: Callable[[], T]) -> T:
@@ -261,9 +283,8 @@ def _patiently(action: Callable[[], T]) -> T:
 
 
 @lru_cache(maxsize=4)
-def _fetch_shared(handle: _Handle) -> tuple[Manifest, Preprocess, Tokenizer, Augment | None, int]:
-    shared: _Shared = ray.get(handle.reference)
-    return shared.manifest, shared.preprocess, Tokenizer.from_json(shared.tokenizer), shared.augment, shared.seed
+def _fetch_shared(handle: _Handle) -> _Shared:
+    return ray.get(handle.reference)
 
 
 @lru_cache(maxsize=16)

@@ -122,7 +122,7 @@ def run(job: TrainJob, folder: Folder, resume: bool = False, start: Weights | No
     from pipelines.claim import claimed
 
     with claimed(folder), session.cluster(job.cluster) as started:
-        use_gpu = session.uses_gpu(job.cluster, job.data.decode_cpus, started)
+        use_gpu = session.uses_gpu(job.cluster, started)
         tokenizer = prepare_tokenizer(job, manifest, folder, resume, start)
         if start is not None:
             starting.write(start, job, tokenizer, Prepared(job, folder.url, manifest, "", False).preprocess, folder)

@@ -8,7 +8,9 @@ import torch
 
 import msclip
 from msclip import checkpoint
+from msclip.data.decode import Recipe
 from msclip.data.loader import Batches
+from msclip.data.pool import cores
 from msclip.data.tokenizer import Tokenizer
 from msclip.engine import create_engine
 from msclip.errors import TrainingError, UserError
@@ -77,19 +79,13 @@ def read_tensors(newest: Folder, averaged: bool) -> tuple[dict[str, Any], dict[s
 
 
 def read_batches(prepared: Prepared, run: RayRun, start_step: int, total_steps: int) -> Batches:
-    """This worker's share of every global batch, decoded on the cluster's CPUs."""
+    """This worker's share of every global batch, read by the cluster and decoded beside the worker."""
     data, place = prepared.job.data, (run.rank, run.world_size, start_step, total_steps)
-    units = ray_units(
-        prepared.manifest,
-        prepared.plan,
-        prepared.preprocess,
-        prepared.tokenizer,
-        data.augment,
-        *place,
-        num_cpus=data.decode_cpus,
-    )
-    on_gpu = run.device.type == "cuda"
-    return Batches(prepared.plan, *place, units, pin_memory=on_gpu, prefetch=data.prefetch)
+    manifest, plan = prepared.manifest, prepared.plan
+    recipe = Recipe.of(manifest, prepared.preprocess, data.augment, prepared.tokenizer, plan.seed)
+    processes = data.decode_processes or max(1, cores() // run.local_world_size)
+    units = ray_units(manifest, plan, *place)
+    return Batches(plan, *place, units, recipe, processes=processes, prefetch=data.prefetch, device=run.device)
 
 
 def check_same_data(prepared: Prepared, state: dict[str, Any], newest: Folder) -> None:

@@ -1,24 +1,32 @@
-"""One reading unit, from Parquet bytes to pixels and token ids, as a pure function of (seed, epoch, row).
+"""Rows of a reading unit: image files and captions out of Parquet, then pixels and token ids out of those.
 
-Neither the augmentation nor the caption nor what replaces a bad row depends on how rows were grouped into units: a batch is
-the same to the bit on any number of workers and after any resume.
+Both are pure functions of (seed, epoch, row). Neither the augmentation nor the caption nor what replaces a bad row depends
+on how rows were grouped into units: a batch is the same to the bit on any number of workers and after any resume.
+
+Reading and decoding are apart because they want different places: a file is a tenth of its pixels, so files travel, and
+whoever needs the pixels decodes.
 """
 
+from __future__ import annotations
+
 import json
-from collections import deque
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-from jaxtyping import Int32, Int64, UInt8
 
 from msclip.data.images import Augment, BadImage, Preprocess
-from msclip.data.plan import Unit
-from msclip.data.shards import Manifest
-from msclip.data.tokenizer import Tokenizer
 from msclip.errors import UserError
+
+if TYPE_CHECKING:  # a decoding process needs these only to replace a bad row
+    from jaxtyping import Int64, UInt8
+
+    from msclip.data.plan import Unit
+    from msclip.data.shards import Manifest
+    from msclip.data.tokenizer import Tokenizer
 
 # What random numbers are for, after the seed in their key; 0 and 1 are the plan's.
 _AUGMENT, _CAPTION = 2, 3
@@ -42,141 +50,208 @@ class BadRow:
 
 
 @dataclass(frozen=True, eq=False)
-class Decoded:
-    """What became of a `Unit`."""
+class Encoded:
+    """What was read for a `Unit`."""
 
     epoch: int
     row: Int64[np.ndarray, " rows"]
-    """The plan's row ids, also where another row had to stand in."""
-    pixels: UInt8[np.ndarray, "rows size size 3"]
-    token_ids: Int32[np.ndarray, "rows context"]
-    bad: tuple[BadRow, ...] = ()
+    """The plan's row ids."""
+    files: UInt8[np.ndarray, " bytes"]
+    """The image files as they are, one after another."""
+    ends: Int64[np.ndarray, " rows"]
+    """Where each file ends. One of no bytes is a row to be replaced: it has no image, or no caption."""
+    captions: tuple[str, ...]
+    """Of each row the one that is this epoch's turn."""
 
 
-def decode_unit(
-    manifest: Manifest, unit: Unit, preprocess: Preprocess, tokenizer: Tokenizer, augment: Augment | None, seed: int
-) -> Decoded:
-    """Reads and decodes the rows of a unit.
-
-    A row without a usable image or caption is recorded, and replaced by the next good row of its row group (after the last
-    row comes the first), with an augmentation and a caption of its own.
-
-    Args:
-        augment: `None` for the evaluation view.
+def read_unit(manifest: Manifest, unit: Unit, seed: int) -> Encoded:
+    """Reads the rows of a unit.
 
     Raises:
-        UserError: a file is gone, damaged or has changed, or not one row of a row group can be used.
+        UserError: a file is gone, damaged or has changed.
         OSError: the storage failed.
     """
-    size = preprocess.image_size
-    pixels = np.empty((len(unit.row), size, size, 3), dtype=np.uint8)
-    captions = [""] * len(unit.row)
-    bad: list[BadRow] = []
+    import pyarrow as pa
+
     groups = manifest.locate(unit.row)
-    for group in np.unique(groups):
+    order = np.argsort(groups, kind="stable")  # rows of one row group together, as they are read
+    images, cells = [], []
+    for group, rows in _by_group(groups[order], unit.row[order]):
         place = manifest.row_groups[group]
-        wanted = np.flatnonzero(groups == group)
-        rows = _RowGroup(manifest, int(group), keep=len(wanted) < place.rows)
-        for i in wanted:
-            row = int(unit.row[i])
-            rng = np.random.default_rng((seed, _AUGMENT, unit.epoch, row))
-            offset = row - place.first_row
-            for candidate in [*range(offset, place.rows), *range(offset)]:
-                reason = rows.use(candidate, pixels[i], preprocess, augment, rng)
-                if reason is None:
-                    break
-                if candidate == offset:
-                    file = manifest.shards[place.shard].file
-                    bad.append(BadRow(file, place.row_group, offset, rows.key(offset), reason))
-            else:
-                raise UserError(
-                    f"no row of row group {place.row_group} of {manifest.folder.url}/"
-                    f"{manifest.shards[place.shard].file} can be used; row {offset}: {bad[-1].reason}. Remove the file or "
-                    "ingest it again: ingest leaves bad rows out"
-                )
-            choices = rows.captions(candidate)
-            captions[i] = choices[caption_index(len(choices), seed, unit.epoch, row)]
-    return Decoded(unit.epoch, unit.row, pixels, tokenizer.encode_numpy(captions), tuple(bad))
+        table = manifest.read(group, keep=len(rows) < place.rows).take(rows - place.first_row)
+        images.append(_image_files(table, manifest.image_column))
+        cells += table[manifest.caption_column].to_pylist()
+    position = np.argsort(order)
+    files = pa.chunked_array([chunk for column in images for chunk in column.chunks], pa.large_binary())
+    files = files.combine_chunks().take(position)
+    captions = [_captions(cells[i]) for i in position]
+    counts = np.array([len(said) for said in captions])
+    if not counts.all():
+        files = pa.array([file if n else None for file, n in zip(files.to_pylist(), counts, strict=True)], pa.large_binary())
+    turns = caption_turns(np.maximum(counts, 1), seed, unit.epoch, unit.row)
+    said = tuple(texts[turn] if texts else "" for texts, turn in zip(captions, turns.tolist(), strict=True))
+    offsets, data = (np.frombuffer(files.buffers()[i] or b"", kind) for i, kind in ((1, np.int64), (2, np.uint8)))
+    offsets = offsets[files.offset : files.offset + len(files) + 1]
+    return Encoded(unit.epoch, unit.row, data[offsets[0] : offsets[-1]], offsets[1:] - offsets[0], said)
 
 
-def caption_index(count: int, seed: int, epoch: int, row: int) -> int:
+def _by_group(groups: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    found, first = np.unique(groups, return_index=True)
+    return zip(found.tolist(), np.split(rows, first[1:]), strict=True)
+
+
+def _image_files(table, column: str):  # type: ignore[no-untyped-def]
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    images = table[column]
+    if pa.types.is_struct(images.type):
+        images = pc.struct_field(images, "bytes")
+    return images.cast(pa.large_binary())  # offsets of 32 bits end at 2 GB
+
+
+def _captions(cell: str | Sequence[str | None] | None) -> list[str]:
+    """The captions that say something."""
+    return [text for text in ([cell] if isinstance(cell, str) else cell or []) if text and text.strip()]
+
+
+def caption_turns(
+    counts: Int64[np.ndarray, " rows"], seed: int, epoch: int, rows: Int64[np.ndarray, " rows"]
+) -> Int64[np.ndarray, " rows"]:
     """Which of a row's captions an epoch trains on: any `count` consecutive epochs use each once."""
-    if count == 1:
-        return 0
-    order = np.argsort(np.random.PCG64(np.random.SeedSequence((seed, _CAPTION, row))).random_raw(count))
-    return int(order[epoch % count])
+    turns = np.zeros(len(rows), np.int64)
+    salt = np.random.SeedSequence((seed, _CAPTION)).generate_state(1, np.uint64)
+    for count in np.unique(counts[counts > 1]).tolist():
+        mine = counts == count
+        keys = rows[mine, None].astype(np.uint64) * np.uint64(count) + np.arange(count, dtype=np.uint64)
+        turns[mine] = np.argsort(_mixed(keys ^ salt), axis=1, kind="stable")[:, epoch % count]
+    return turns
 
 
-class _RowGroup:
-    """The rows of one row group, and what is known to be wrong with them."""
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser over whole arrays: seeding a NumPy generator a row would cost 4 % of decoding."""
+    x = (x + np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0x94D049BB133111EB)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0xBF58476D1CE4E5B9)
+    return x ^ (x >> np.uint64(31))
 
-    def __init__(self, manifest: Manifest, group: int, keep: bool):
-        table = manifest.read(group, keep=keep)
-        images = table[manifest.image_column]
-        if pa.types.is_struct(images.type):
-            images = pa.chunked_array([chunk.field("bytes") for chunk in images.chunks])
-        self._images = images
-        self._captions = table[manifest.caption_column]
-        self._keys = table["key"] if "key" in table.column_names else None
-        self._reasons: dict[int, str] = {}
 
-    def key(self, offset: int) -> str:
-        key = None if self._keys is None else self._keys[offset].as_py()
-        return "" if key is None else str(key)
+class Replaced(NamedTuple):
+    """What stands in for a bad row."""
 
-    def captions(self, offset: int) -> Sequence[str]:
-        """The row's captions that say something."""
-        found = self._captions[offset].as_py()
-        return [text for text in ([found] if isinstance(found, str) else found or []) if text and text.strip()]
+    place: int
+    """Of the row among those decoded together."""
+    bad: BadRow
+    caption: str
 
-    def use(
+
+@dataclass(frozen=True)
+class Recipe:
+    """How rows become what a model trains on; whoever decodes has one."""
+
+    pickled_manifest: bytes
+    """Opened only to replace a bad row: the shards' storage would start threads in a process that is about to fork."""
+    preprocess: Preprocess
+    augment: Augment | None
+    """`None` for the evaluation view."""
+    tokenizer_json: str
+    seed: int
+
+    @classmethod
+    def of(
+        cls, manifest: Manifest, preprocess: Preprocess, augment: Augment | None, tokenizer: Tokenizer | str, seed: int
+    ) -> Recipe:
+        """The recipe for these data; a tokenizer may be given as its JSON."""
+        text = tokenizer if isinstance(tokenizer, str) else tokenizer.to_json()
+        return cls(pickle.dumps(manifest), preprocess, augment, text, seed)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return pickle.loads(self.pickled_manifest)
+
+    @property
+    def context_length(self) -> int:
+        """Token ids of a caption."""
+        return int(json.loads(self.tokenizer_json)["context_length"])
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        from msclip.data.tokenizer import Tokenizer
+
+        return Tokenizer.from_json(self.tokenizer_json)
+
+    def decode(
         self,
-        offset: int,
-        out: UInt8[np.ndarray, "size size 3"],
-        preprocess: Preprocess,
-        augment: Augment | None,
-        rng: np.random.Generator,
-    ) -> str | None:
-        """Writes the row's pixels to `out`; or says why it cannot."""
-        if offset in self._reasons:
-            return self._reasons[offset]
-        data = self._images[offset].as_py()
-        if data is None:
-            return self._reasons.setdefault(offset, "no image")
-        if not self.captions(offset):
-            return self._reasons.setdefault(offset, "no caption")
-        try:
-            out[:] = preprocess.pixels(data) if augment is None else preprocess.train_pixels(data, augment, rng)
-        except BadImage as error:
-            return self._reasons.setdefault(offset, str(error))
-        return None
+        epoch: Int64[np.ndarray, " rows"],
+        row: Int64[np.ndarray, " rows"],
+        files: Iterable[bytes | memoryview],
+        captions: Sequence[str],
+        pixels: UInt8[np.ndarray, "rows size size 3"],
+        token_ids: Int64[np.ndarray, "rows context"],
+    ) -> list[Replaced]:
+        """Fills `pixels` and `token_ids`; returns what had to stand in for bad rows.
+
+        A bad row is replaced by the next good row of its row group (after the last row comes the first), with the
+        augmentation and the turn of caption that are the bad row's.
+
+        Raises:
+            UserError: not one row of a row group can be used, or its file is gone or has changed.
+            OSError: the storage failed.
+        """
+        replaced = []
+        for place, (when, which, file) in enumerate(zip(epoch.tolist(), row.tolist(), files, strict=True)):
+            try:
+                if not file:
+                    raise BadImage("empty")
+                self._view(file, when, which, pixels[place])
+            except BadImage:
+                replaced.append(self._replace(place, when, which, pixels[place]))
+        captions = list(captions)
+        for place, _, caption in replaced:
+            captions[place] = caption
+        token_ids[:] = self.tokenizer.encode_numpy(captions)
+        return replaced
+
+    def _view(self, file: bytes | memoryview, epoch: int, row: int, out: UInt8[np.ndarray, "size size 3"]) -> None:
+        """Writes the view of an image file that a row has in an epoch."""
+        if self.augment is None:
+            out[:] = np.asarray(self.preprocess.view(file))
+        else:
+            rng = np.random.default_rng((self.seed, _AUGMENT, epoch, row))
+            out[:] = np.asarray(self.preprocess.train_view(file, self.augment, rng))
+
+    def _replace(self, place: int, epoch: int, row: int, out: UInt8[np.ndarray, "size size 3"]) -> Replaced:
+        group = int(self.manifest.locate([row])[0])
+        where = self.manifest.row_groups[group]
+        table = self.manifest.read(group, keep=True)
+        files, cells = _image_files(table, self.manifest.image_column), table[self.manifest.caption_column]
+        offset = row - where.first_row
+        reasons = []
+        for candidate in [*range(offset, where.rows), *range(offset)]:
+            file, captions = files[candidate].as_py(), _captions(cells[candidate].as_py())
+            reason = "no image" if file is None else "no caption" if not captions else None
+            if not reason:
+                try:
+                    self._view(file, epoch, row, out)
+                except BadImage as error:
+                    reason = str(error)
+            if not reason:
+                break
+            reasons.append(reason)
+        shard = self.manifest.shards[where.shard].file
+        if len(reasons) == where.rows:
+            raise UserError(
+                f"no row of row group {where.row_group} of {self.manifest.folder.url}/{shard} can be used; row {offset}: "
+                f"{reasons[0]}. Remove the file or ingest it again: ingest leaves bad rows out"
+            )
+        assert reasons, f"row {row} could not be decoded, and then could"
+        key = table["key"][offset].as_py() if "key" in table.column_names else None
+        bad = BadRow(shard, where.row_group, offset, "" if key is None else str(key), reasons[0])
+        turn = caption_turns(np.array([len(captions)]), self.seed, epoch, np.array([row]))[0]
+        return Replaced(place, bad, captions[turn])
 
 
-def local_units(
-    manifest: Manifest,
-    units: Iterable[Unit],
-    preprocess: Preprocess,
-    tokenizer: Tokenizer,
-    augment: Augment | None,
-    seed: int,
-    threads: int = 0,
-) -> Iterator[Decoded]:
-    """Decodes units in this process, in order; with threads, as many units ahead (Pillow decodes outside the GIL)."""
-
-    def decode(unit: Unit) -> Decoded:
-        return decode_unit(manifest, unit, preprocess, tokenizer, augment, seed)
-
-    if not threads:
-        yield from map(decode, units)
-        return
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    ahead: deque[Future[Decoded]] = deque()
-    try:
-        for unit in units:
-            ahead.append(pool.submit(decode, unit))
-            if len(ahead) > threads:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+def read_units(manifest: Manifest, units: Iterable[Unit], seed: int) -> Iterator[Encoded]:
+    """Reads units in this process, in order."""
+    for unit in units:
+        yield read_unit(manifest, unit, seed)

@@ -1,34 +1,40 @@
-"""Batches of training pairs: decoded units put together into exactly what the plan says, or an error.
+"""Batches of training pairs: what was read is decoded straight into its place in the batch, exactly as the plan says.
 
-Whoever decodes (this process, or Ray Data on a cluster) hands over units in the plan's order. Every unit and every batch is
-compared with the plan, row id by row id: a loader that loses, repeats or swaps rows stops the job instead of training on
-something else.
+Whoever reads (this process, or Ray Data on a cluster) hands over image files and captions, unit by unit in the plan's order.
+Every unit and every batch is compared with the plan, row id by row id: a loader that loses, repeats or swaps rows stops the
+job instead of training on something else. Image files wait, a tenth of their pixels in size, until their batch is decoded.
 
-Memory of a rank: one decoded unit for each lane in its slice of the batch, with the plan's defaults at most 16 of the rank's
-batches (512 pairs at 224 pixels: 16 * 74 MiB), and `prefetch` + 1 finished batches.
+Memory of a rank: files of one unit for each lane in its slice of the batch, with the plan's defaults at most 16 of the rank's
+batches (512 pairs at 224 pixels: 16 * 6 MB), and the pixels of `prefetch` + 3 batches (74 MiB each): those that are ready,
+the one that is trained on, and two that are being filled.
 """
 
-import contextlib
-import itertools
 import queue
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from msclip.data.decode import BadRow, Decoded, decode_unit, local_units
+from msclip.data.assembly import check_rows, pieces_of_batches, works_of_batch
+from msclip.data.decode import BadRow, Encoded, Recipe, Replaced
 from msclip.data.images import Augment
-from msclip.data.plan import Plan, Unit
+from msclip.data.plan import Plan
+from msclip.data.pool import Decoder, Inline, Layout, Pool, Work
 from msclip.errors import UserError
 
-__all__ = ["BadRow", "Batch", "Batches", "DataConfig", "Decoded", "assemble", "decode_unit", "local_units"]
+__all__ = ["BadRow", "Batch", "Batches", "DataConfig", "Waits"]
+
+WORK_ROWS = 64
+"""Most rows decoded together: 20 ms to a second of work, next to 0.1 ms to hand it over."""
+_FILLING = 2
+"""Batches that decoders work on, beside those that are ready."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,9 @@ class DataConfig:
     max_bad_fraction: float = 0.01
     """Training stops when more than this share of the rows read so far could not be used; the first thousand may have as many
     as a thousand."""
-    decode_cpus: float = 1.0
-    """Logical CPUs that one decoding task occupies. Workers that train hold CPUs too; at least this many must be left."""
+    decode_processes: int | None = None
+    """Processes that decode beside each training worker; null for one a core of its node, shared among the node's workers.
+    They take what time training leaves."""
     prefetch: int = 2
     """Finished batches that wait for the training step, on each worker."""
 
@@ -64,15 +71,15 @@ class DataConfig:
                 raise UserError(f"data.{name} must be at least 1 or null, got {value}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise UserError(f"data.max_bad_fraction must be from 0 to 1, got {self.max_bad_fraction}")
-        if self.decode_cpus <= 0:
-            raise UserError(f"data.decode_cpus must be positive, got {self.decode_cpus}")
+        if self.decode_processes is not None and self.decode_processes < 1:
+            raise UserError(f"data.decode_processes must be at least 1 or null, got {self.decode_processes}")
         if self.prefetch < 1:
             raise UserError(f"data.prefetch must be at least 1, got {self.prefetch}")
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A rank's share of one global batch."""
+    """A rank's share of one global batch. Its tensors are overwritten after the next batch has been asked for."""
 
     step: int
     """From 0: the batch that optimiser step `step` + 1 trains on."""
@@ -83,129 +90,147 @@ class Batch:
     pixels: UInt8[Tensor, "batch size size 3"]
     token_ids: Int64[Tensor, "batch context"]
     bad: list[BadRow]
-    """Rows replaced in the units that were opened for this batch: each once an epoch, perhaps before its own batch."""
-    opened: int
-    """Rows of those units, of which `bad` is a part."""
+    """Rows of this batch in whose place others stand."""
 
 
-def assemble(
+class Waits(NamedTuple):
+    """Seconds for which the loop waited for batches, by what a batch lacked."""
+
+    storage: float = 0.0
+    """Its image files had not come: storage, network, or no CPU to read with."""
+    decode: float = 0.0
+    """The files had come and were not decoded."""
+    queue: float = 0.0
+    """It was ready and had to be handed over."""
+
+    def __add__(self, other: "Waits") -> "Waits":  # type: ignore[override]
+        return Waits(*(mine + others for mine, others in zip(self, other, strict=True)))
+
+
+class _Filling:
+    """A batch that is being decoded."""
+
+    def __init__(self, batch: Batch, slot: int, parts: int):
+        self.batch, self.slot, self.left = batch, slot, parts
+        self.fed_at = self.done_at = time.perf_counter()
+        self.error: BaseException | None = None
+        self.done, self._lock = threading.Event(), threading.Lock()
+
+    def finish(self, result: list[Replaced] | BaseException) -> None:
+        """Counts one part."""
+        with self._lock:
+            if isinstance(result, BaseException):
+                self.error = result
+            else:
+                self.batch.bad.extend(replaced.bad for replaced in result)
+            self.left -= 1
+            if self.left == 0 or self.error:
+                self.done_at = time.perf_counter()
+                self.done.set()
+
+
+class Lost(Exception):
+    """A decoder is gone, which was to be expected: another one can do its work."""
+
+
+_Part = tuple[int, int, _Filling | None, Work | None]
+"""Step and first row, by which parts are taken in order; the last step of all, with nothing to do, is the end."""
+_END: _Part = (1 << 62, 0, None, None)
+
+
+class _Pipeline:
+    """What the threads of `Batches` share. It does not know `Batches`, so a forgotten one is collected and stops them."""
+
+    def __init__(self, slots: int):
+        self.free: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
+        """Slots of the memory, each with the event after which it may be written, if any; `None` at the end."""
+        for slot in range(slots):
+            self.free.put((slot, None))
+        self.parts: queue.PriorityQueue[_Part] = queue.PriorityQueue()
+        self.ready: queue.SimpleQueue[_Filling | BaseException | None] = queue.SimpleQueue()
+        self.stop = threading.Event()
+        self.decoders: list[Decoder] = []
+        self.threads: list[threading.Thread] = []
+
+    def run(self, target: Callable[..., None], *arguments: Any, name: str) -> None:
+        """Starts a thread, which ends with the pipeline."""
+        thread = threading.Thread(target=target, args=(self, *arguments), name=name, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+    def add(self, decoder: Decoder) -> None:
+        """One more who takes parts."""
+        self.decoders.append(decoder)
+        self.run(_decode, decoder, name="batches-decode")
+
+
+def _read(
+    pipeline: _Pipeline,
     plan: Plan,
-    rank: int,
-    world_size: int,
-    start_step: int,
-    stop_step: int | None,
-    units: Iterable[Decoded],
-    pin_memory: bool = False,
-) -> Iterator[Batch]:
-    """Batches start_step to stop_step of a rank out of its decoded units, which must come as `Plan.units` lists them.
+    place: tuple[int, int, int, int | None],
+    units: Iterable[Encoded],
+    tensors: tuple[Tensor, Tensor],
+    part_rows: int,
+) -> None:
+    """The thread that hands out what was read, batch by batch, as soon as there is room."""
+    end: BaseException | None = None
+    try:
+        for step, pieces in pieces_of_batches(plan, *place, units):
+            free = pipeline.free.get()
+            if free is None:
+                break
+            slot, event = free
+            if event is not None:
+                event.synchronize()
+            rows = check_rows(plan, step, *place[:2], pieces)
+            pixels, token_ids = tensors
+            works = works_of_batch(slot, pieces, part_rows)
+            filling = _Filling(Batch(step, plan.epoch(step + 1), rows, pixels[slot], token_ids[slot], []), slot, len(works))
+            for work in works:
+                pipeline.parts.put((step, work.first, filling, work))
+            pipeline.ready.put(filling)
+    except BaseException as error:
+        end = error
+    # Only the thread that runs a generator may close it.
+    close = getattr(units, "close", None)
+    if close:
+        close()
+    pipeline.ready.put(end)
 
-    Raises:
-        RuntimeError: a unit is missing, another one came in its place, or one is left over.
-    """
-    lanes = [(lane, last - first) for lane, first, last in plan.columns(rank, world_size)]
-    held: dict[int, deque[_Open]] = {lane: deque() for lane, _ in lanes}
-    arriving = iter(units)
-    expected = plan.units(rank, world_size, start_step, stop_step)
-    upcoming = next(expected, None)
-    for step in itertools.count(start_step):
-        if step == stop_step:
+
+def _decode(pipeline: _Pipeline, decoder: Decoder) -> None:
+    """A decoder's thread, which mostly waits for it."""
+    while not pipeline.stop.is_set():
+        _, _, filling, work = part = pipeline.parts.get()
+        if filling is None or work is None:
+            pipeline.parts.put(_END)  # for the next thread
             break
-        bad: list[BadRow] = []
-        opened = 0
-        while upcoming is not None and upcoming.first_step <= step:
-            decoded = next(arriving, None)
-            _check(decoded, upcoming)
-            assert decoded is not None
-            held[upcoming.lane].append(_Open(decoded))
-            bad += decoded.bad
-            opened += len(decoded.row)
-            upcoming = next(expected, None)
-        yield _batch(plan, rank, world_size, step, lanes, held, bad, opened, pin_memory)
-    extra = next(arriving, None)
-    if extra is not None:
-        raise RuntimeError(f"the data stream holds a unit after the last of step {stop_step}: rows {_short(extra.row)}")
-
-
-@dataclass
-class _Open:
-    """A unit of which the first `used` rows are in earlier batches."""
-
-    unit: Decoded
-    used: int = 0
-
-
-def _check(decoded: Decoded | None, unit: Unit) -> None:
-    if decoded is None:
-        raise RuntimeError(f"the data stream ended before {unit}")
-    if decoded.epoch != unit.epoch or not np.array_equal(decoded.row, unit.row):
-        raise RuntimeError(
-            f"the data stream brought rows {_short(decoded.row)} of epoch {decoded.epoch} where the plan has {unit} with rows "
-            f"{_short(unit.row)}"
-        )
-    if not len(decoded.pixels) == len(decoded.token_ids) == len(unit.row):
-        raise RuntimeError(
-            f"the data stream brought {len(decoded.pixels)} images and {len(decoded.token_ids)} captions for the "
-            f"{len(unit.row)} rows of {unit}"
-        )
-
-
-def _short(rows: np.ndarray) -> str:
-    return f"{rows[:4].tolist()}{'...' if len(rows) > 4 else ''} ({len(rows)})"
-
-
-def _batch(
-    plan: Plan,
-    rank: int,
-    world_size: int,
-    step: int,
-    lanes: list[tuple[int, int]],
-    held: dict[int, deque[_Open]],
-    bad: list[BadRow],
-    opened: int,
-    pin_memory: bool,
-) -> Batch:
-    planned = plan.share(step, rank, world_size)
-    sample = next(units[0].unit for units in held.values() if units)
-    count = len(planned.row)
-    rows = np.empty(count, dtype=np.int64)
-    # Pinned memory comes from PyTorch's cache, which gives a block out again only when its copy to the GPU is done.
-    pixels = torch.empty((count, *sample.pixels.shape[1:]), dtype=torch.uint8, pin_memory=pin_memory)
-    token_ids = torch.empty((count, sample.token_ids.shape[1]), dtype=torch.int64, pin_memory=pin_memory)
-    into = rows, pixels.numpy(), token_ids.numpy()
-    at = 0
-    for lane, width in lanes:
-        until = at + width
-        while at < until:
-            first = held[lane][0]
-            part = slice(first.used, first.used + until - at)
-            taken = len(first.unit.row[part])
-            for target, source in zip(into, (first.unit.row, first.unit.pixels, first.unit.token_ids), strict=True):
-                target[at : at + taken] = source[part]
-            at, first.used = at + taken, first.used + taken
-            if first.used == len(first.unit.row):
-                held[lane].popleft()
-    if not np.array_equal(rows, planned.row):
-        raise RuntimeError(f"batch {step} of rank {rank} has rows {_short(rows)} where the plan has {_short(planned.row)}")
-    return Batch(step, plan.epoch(step + 1), rows, pixels, token_ids, bad, opened)
-
-
-_Queue = queue.Queue[Batch | BaseException | None]
+        try:
+            filling.finish(decoder.decode(work))
+        except Lost:
+            pipeline.parts.put(part)
+            break
+        except BaseException as error:
+            filling.finish(error)
+    decoder.close()
 
 
 class Batches:
-    """`assemble` in a background thread, `prefetch` batches ahead.
+    """Batches start_step to stop_step of a rank, decoded ahead by `processes` processes.
 
-    An iterator. Errors of the units or their decoding are raised where the batch would have come. `close` it when stopping
-    early; at interpreter exit it closes itself.
+    An iterator. Errors of reading or decoding are raised where the batch would have come. `close` it when stopping early; at
+    interpreter exit it closes itself.
 
     Args:
         stop_step: `None` for a stream without end.
-        units: what `assemble` takes; a generator is closed together with the batches.
-        pin_memory: put batches where a GPU can copy them from without waiting.
+        units: what was read, as `Plan.units` lists it; a generator is closed together with the batches.
+        processes: 0 decodes in a thread of this process.
+        prefetch: finished batches that wait for the loop.
+        device: batches for a GPU lie where it can copy them from without waiting.
     """
 
-    wait_seconds: float
-    """Time spent in `next` so far, waiting for data: over the run's time, the share that more decoding CPUs would win."""
+    waits: Waits
+    """What `next` has waited for so far."""
 
     def __init__(
         self,
@@ -214,20 +239,34 @@ class Batches:
         world_size: int,
         start_step: int,
         stop_step: int | None,
-        units: Iterable[Decoded],
+        units: Iterable[Encoded],
+        recipe: Recipe,
         *,
-        pin_memory: bool = False,
+        processes: int = 0,
         prefetch: int = 2,
+        device: torch.device | None = None,
     ):
-        self.wait_seconds = 0.0
-        self._ready: _Queue = queue.Queue(prefetch)
+        self.waits = Waits()
+        self._on_gpu = device is not None and device.type == "cuda"
         self._done = False
-        stop = threading.Event()
-        source = assemble(plan, rank, world_size, start_step, stop_step, units, pin_memory)
-        # Neither the thread nor the finalizer knows self, so a forgotten loader is collected and its thread ends.
-        thread = threading.Thread(target=_produce, args=(source, units, self._ready, stop), name="batches", daemon=True)
-        self._finalizer = weakref.finalize(self, _stop, thread, self._ready, stop)
-        thread.start()
+        self._last: _Filling | None = None
+        share = plan.global_batch // world_size
+        slots = prefetch + 1 + _FILLING
+        layout = Layout(slots, share, recipe.preprocess.image_size, recipe.context_length)
+        self._pipeline = pipeline = _Pipeline(slots)
+        pool = Pool(recipe, layout, processes) if processes else None
+        memory = pool.memory if pool else np.empty(layout.bytes, np.uint8)
+        if self._on_gpu:
+            _pin(memory)
+        pixels, token_ids = layout.arrays(memory)
+        # Neither a thread nor the finalizer knows self, so a forgotten loader is collected and its threads end.
+        self._finalizer = weakref.finalize(self, _stop, pipeline, pool)
+        place = rank, world_size, start_step, stop_step
+        part_rows = max(1, min(WORK_ROWS, 2 * share // max(1, processes)))
+        tensors = torch.from_numpy(pixels), torch.from_numpy(token_ids)
+        pipeline.run(_read, plan, place, units, tensors, part_rows, name="batches-read")
+        for decoder in pool.decoders if pool else [Inline(recipe, layout, memory)]:
+            pipeline.add(decoder)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -235,16 +274,31 @@ class Batches:
     def __next__(self) -> Batch:
         if self._done:
             raise StopIteration
+        self._release()
         began = time.perf_counter()
-        item = self._ready.get()
-        self.wait_seconds += time.perf_counter() - began
-        if isinstance(item, Batch):
-            return item
-        self.close()
-        raise StopIteration if item is None else item
+        filling = self._pipeline.ready.get()
+        if isinstance(filling, _Filling):
+            filling.done.wait()
+        error = filling.error if isinstance(filling, _Filling) else filling
+        if not isinstance(filling, _Filling) or error:
+            self.close()
+            raise StopIteration if error is None else error
+        self.waits += _attributed(began, filling.fed_at, filling.done_at, time.perf_counter())
+        self._last = filling
+        return filling.batch
+
+    def _release(self) -> None:
+        """The last batch's memory may be filled again; where a GPU copies from it, when it has."""
+        if self._last:
+            event = None
+            if self._on_gpu:
+                event = torch.cuda.Event()
+                event.record()
+            self._pipeline.free.put((self._last.slot, event))
+            self._last = None
 
     def close(self) -> None:
-        """Ends the stream; waits until the unit being read has come, at most 10 s."""
+        """Ends the stream and the processes; waits until the unit being read has come, at most 10 s."""
         self._done = True
         self._finalizer()
 
@@ -255,27 +309,27 @@ class Batches:
         self.close()
 
 
-def _produce(source: Iterator[Batch], units: Iterable[Decoded], ready: _Queue, stop: threading.Event) -> None:
-    end: BaseException | None = None
-    try:
-        for batch in source:
-            ready.put(batch)
-            if stop.is_set():
-                break
-    except BaseException as error:
-        end = error
-    # Only the thread that runs a generator may close it.
-    close = getattr(units, "close", None)
-    if close:
-        close()
-    ready.put(end)
+def _attributed(began: float, fed_at: float, done_at: float, now: float) -> Waits:
+    fed, done = max(began, fed_at), max(began, fed_at, done_at)
+    return Waits(fed - began, done - fed, now - done)
 
 
-def _stop(thread: threading.Thread, ready: _Queue, stop: threading.Event) -> None:
-    stop.set()
+def _pin(memory: np.ndarray) -> None:
+    """Lets a GPU read this memory by itself, until the process ends."""
+    status = torch.cuda.cudart().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
+    if int(status):
+        raise RuntimeError(f"{memory.nbytes / 2**20:.0f} MiB for batches could not be pinned: CUDA error {int(status)}")
+
+
+def _stop(pipeline: _Pipeline, pool: Pool | None) -> None:
+    pipeline.stop.set()
+    pipeline.free.put(None)
+    pipeline.parts.put(_END)
+    for decoder in pipeline.decoders:
+        decoder.close()
+    if pool:
+        pool.close()
     deadline = time.monotonic() + 10
-    while thread.is_alive() and time.monotonic() < deadline:
-        with contextlib.suppress(queue.Empty):  # makes room, so that a thread in `put` goes on and sees `stop`
-            while True:
-                ready.get_nowait()
-        thread.join(0.05)
+    for thread in pipeline.threads:
+        if thread is not threading.current_thread():
+            thread.join(max(0.0, deadline - time.monotonic()))

@@ -26,7 +26,6 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from msclip.errors import UserError
-from msclip.storage import Folder
 
 if TYPE_CHECKING:
     from jaxtyping import Int32, Int64
@@ -199,6 +198,8 @@ def _rebuilt(text: str) -> Tokenizer:
 
 
 def _read(path: str) -> tokenizers.Tokenizer:
+    from msclip.storage import Folder  # and with it PyArrow, which a decoding process has no use for
+
     folder, _, name = path.rpartition("/")
     try:
         data = Folder(folder or ("/" if path.startswith("/") else ".")).read_bytes(name)

@@ -3,27 +3,33 @@
 import gc
 import io
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
-from msclip.data.decode import Decoded, caption_index, decode_unit, local_units
+from msclip.data.decode import Encoded, Recipe, caption_turns, read_unit, read_units
 from msclip.data.images import Augment, Preprocess
-from msclip.data.loader import Batch, Batches, DataConfig, assemble
-from msclip.data.plan import Plan
+from msclip.data.loader import Batch, Batches, DataConfig
+from msclip.data.plan import Plan, Unit
 from msclip.data.shards import Manifest
 from msclip.data.tokenizer import Tokenizer
-from msclip.errors import UserError
+from msclip.errors import TrainingError, UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 ROWS, GLOBAL_BATCH, SIZE = 37, 8, 8
 PREPROCESS = Preprocess(image_size=SIZE)
 VARIED = Augment(scale=(0.3, 1.0), flip=0.5)
@@ -77,20 +83,33 @@ def plan_of(manifest: Manifest, **settings: int) -> Plan:
     return Plan(manifest.sizes, GLOBAL_BATCH, seed=5, **({"lanes": 3, "window": 2, "unit_rows": 5} | settings))
 
 
-def decoded(
-    manifest: Manifest, plan: Plan, tokenizer: Tokenizer, rank: int, world_size: int, start: int, stop: int, threads: int = 0
-) -> Iterator[Decoded]:
-    units = plan.units(rank, world_size, start, stop)
-    return local_units(manifest, units, PREPROCESS, tokenizer, VARIED, plan.seed, threads)
+def recipe_of(manifest: Manifest, tokenizer: Tokenizer, augment: Augment | None = VARIED) -> Recipe:
+    return Recipe.of(manifest, PREPROCESS, augment, tokenizer, seed=5)
+
+
+def read(manifest: Manifest, plan: Plan, *place: int) -> Iterator[Encoded]:
+    return read_units(manifest, plan.units(*place), plan.seed)
+
+
+def kept(loader: Batches) -> list[Batch]:
+    """All batches, out of the memory that the loader uses again."""
+    return [replace(batch, pixels=batch.pixels.clone(), token_ids=batch.token_ids.clone()) for batch in loader]
 
 
 def batches(
-    manifest: Manifest, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1, start: int = 0, stop: int = 12
+    manifest: Manifest,
+    tokenizer: Tokenizer,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+    stop: int = 12,
+    processes: int = 0,
 ) -> list[Batch]:
     plan = plan_of(manifest)
-    stream = decoded(manifest, plan, tokenizer, rank, world_size, start, stop)
-    with Batches(plan, rank, world_size, start, stop, stream) as loader:
-        return list(loader)
+    place = rank, world_size, start, stop
+    units = read(manifest, plan, *place)
+    with Batches(plan, *place, units, recipe_of(manifest, tokenizer), processes=processes) as loader:
+        return kept(loader)
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:
@@ -137,27 +156,41 @@ def test_a_resumed_stream_continues_to_the_bit(manifest: Manifest, tokenizer: To
         assert same(batches(manifest, tokenizer, start=start), unbroken[start:])
 
 
-def test_threads_change_nothing(manifest: Manifest, tokenizer: Tokenizer) -> None:
-    plan = plan_of(manifest)
-    stream = decoded(manifest, plan, tokenizer, 0, 1, 0, 12, threads=3)
-    assert same(list(assemble(plan, 0, 1, 0, 12, stream)), batches(manifest, tokenizer))
+@pytest.mark.parametrize("processes", [1, 3])
+def test_processes_change_nothing(manifest: Manifest, tokenizer: Tokenizer, processes: int) -> None:
+    assert same(batches(manifest, tokenizer, processes=processes), batches(manifest, tokenizer))
+
+
+def decoded(manifest: Manifest, unit: Unit, recipe: Recipe) -> np.ndarray:
+    """The pixels of one unit."""
+    encoded, count = read_unit(manifest, unit, recipe.seed), len(unit.row)
+    files = [part.tobytes() for part in np.split(encoded.files, encoded.ends[:-1])]
+    pixels, ids = np.empty((count, SIZE, SIZE, 3), np.uint8), np.empty((count, 12), np.int64)
+    recipe.decode(np.full(count, unit.epoch), unit.row, files, encoded.captions, pixels, ids)
+    return pixels
 
 
 def test_augmentation_differs_between_epochs_and_not_between_runs(manifest: Manifest, tokenizer: Tokenizer) -> None:
     unit = next(plan_of(manifest).units())
-    first, again = (decode_unit(manifest, unit, PREPROCESS, tokenizer, VARIED, seed=5).pixels for _ in range(2))
-    later = decode_unit(manifest, replace(unit, epoch=1), PREPROCESS, tokenizer, VARIED, seed=5).pixels
-    plain = decode_unit(manifest, unit, PREPROCESS, tokenizer, None, seed=5).pixels
+    recipe = recipe_of(manifest, tokenizer)
+    first, again = (decoded(manifest, unit, recipe) for _ in range(2))
+    later = decoded(manifest, replace(unit, epoch=1), recipe)
+    plain = decoded(manifest, unit, recipe_of(manifest, tokenizer, None))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, later)
     np.testing.assert_array_equal(plain[0], PREPROCESS.pixels(picture(int(unit.row[0]))))
 
 
 def test_consecutive_epochs_use_every_caption_once() -> None:
-    for row in range(20):
-        for start in (0, 3):
-            assert sorted(caption_index(5, seed=1, epoch=start + e, row=row) for e in range(5)) == list(range(5))
-    assert len({caption_index(5, seed=1, epoch=0, row=row) for row in range(40)}) == 5  # not all rows the same
+    rows, counts = np.arange(2000), np.full(2000, 5)
+    for start in (0, 3):
+        turns = np.stack([caption_turns(counts, seed=1, epoch=start + e, rows=rows) for e in range(5)])
+        assert (np.sort(turns, axis=0) == np.arange(5)[:, None]).all()
+    # Not all rows the same: each caption is first in a fifth of them, within five standard deviations.
+    assert np.bincount(turns[0], minlength=5) == pytest.approx(400, abs=5 * 18)
+    mixed = caption_turns(np.arange(2000) % 4 + 1, seed=1, epoch=7, rows=rows)
+    assert all(turn == caption_turns(np.array([i % 4 + 1]), 1, 7, np.array([i]))[0] for i, turn in enumerate(mixed[:40]))
+    assert (mixed < np.arange(2000) % 4 + 1).all()
 
 
 BAD = {3: "no image", 8: "not an image", 9: "no caption", 10: "no caption", 36: "empty"}
@@ -209,64 +242,131 @@ def test_a_row_group_without_a_good_row_is_an_error_that_names_it(tmp_path: Path
 
 def test_a_lost_a_swapped_and_an_extra_unit_stop_the_stream(manifest: Manifest, tokenizer: Tokenizer) -> None:
     plan = plan_of(manifest)
-    units = list(decoded(manifest, plan, tokenizer, 0, 1, 0, 6))
-    short = replace(units[4], pixels=units[4].pixels[:-1])
+    units = list(read(manifest, plan, 0, 1, 0, 6))
+    short = replace(units[4], ends=units[4].ends[:-1])
     for stream, message in (
         (units[:-1], "ended before unit of lane"),
         ([units[1], units[0], *units[2:]], "where the plan has unit of lane 0, epoch 0"),
         ([*units[:3], *units[4:]], r"brought rows .* of epoch 0 where the plan has"),
         ([replace(units[0], epoch=1), *units[1:]], "of epoch 1 where the plan has"),
-        ([*units[:4], short, *units[5:]], r"brought \d images and \d captions for the \d rows of unit"),
+        ([*units[:4], short, *units[5:]], r"brought \d images in \d+ bytes and \d captions for the \d rows of unit"),
+        ([*units[:4], replace(units[4], files=units[4].files[:-1]), *units[5:]], r"brought \d images in \d+ bytes"),
         ([*units, units[0]], "a unit after the last of step 6"),
     ):
-        loader = Batches(plan, 0, 1, 0, 6, stream)
+        loader = Batches(plan, 0, 1, 0, 6, stream, recipe_of(manifest, tokenizer))
         with pytest.raises(RuntimeError, match=message):
             list(loader)
         assert list(loader) == []  # and it stays ended
 
 
-def loader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "batches"]
+def left_behind() -> list[object]:
+    """Threads and processes of loaders."""
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+    return [*threads, *psutil.Process().children(recursive=True)]
 
 
-def test_stopping_early_ends_the_thread_and_the_source(manifest: Manifest, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("processes", [0, 2])
+def test_stopping_early_ends_threads_processes_and_the_source(manifest: Manifest, tokenizer: Tokenizer, processes: int) -> None:
     plan = plan_of(manifest)
     closed = threading.Event()
 
-    def endless() -> Iterator[Decoded]:
+    def endless() -> Iterator[Encoded]:
         try:
-            yield from local_units(manifest, plan.units(), PREPROCESS, tokenizer, None, 0)
+            yield from read_units(manifest, plan.units(), 0)
         finally:
             closed.set()
 
-    with Batches(plan, 0, 1, 0, None, endless()) as loader:
+    recipe = recipe_of(manifest, tokenizer)
+    with Batches(plan, 0, 1, 0, None, endless(), recipe, processes=processes) as loader:
         assert next(loader).step == 0
         assert next(loader).step == 1
     assert closed.is_set()
-    assert not loader_threads()
+    assert not left_behind()
 
-    forgotten = Batches(plan, 0, 1, 0, None, endless())
+    forgotten = Batches(plan, 0, 1, 0, None, endless(), recipe, processes=processes)
     next(forgotten)
     del forgotten
     gc.collect()
-    assert not loader_threads()
+    assert not left_behind()
 
 
-def test_waiting_is_counted(manifest: Manifest, tokenizer: Tokenizer) -> None:
+class Slow(Preprocess):
+    """Takes 50 ms an image."""
+
+    def train_view(self, data: Any, augment: Augment, rng: np.random.Generator) -> Image.Image:
+        time.sleep(0.05)
+        return super().train_view(data, augment, rng)
+
+
+def test_what_a_batch_waited_for_is_told_apart(manifest: Manifest, tokenizer: Tokenizer) -> None:
     plan = plan_of(manifest)
-    units = list(decoded(manifest, plan, tokenizer, 0, 1, 0, 2))
+    units = list(read(manifest, plan, 0, 1, 0, 2))
 
-    def slow() -> Iterator[Decoded]:
+    def slow() -> Iterator[Encoded]:
         time.sleep(0.3)
         yield from units
 
-    with Batches(plan, 0, 1, 0, 2, slow()) as loader:
+    with Batches(plan, 0, 1, 0, 2, slow(), recipe_of(manifest, tokenizer)) as loader:
         next(loader)
-        assert loader.wait_seconds > 0.25
+        assert loader.waits.storage > 0.25
         time.sleep(0.3)
-        before = loader.wait_seconds
+        before = sum(loader.waits)
         next(loader)
-        assert loader.wait_seconds - before < 0.25
+        assert sum(loader.waits) - before < 0.25
+    recipe = replace(recipe_of(manifest, tokenizer), preprocess=Slow(image_size=SIZE))
+    with Batches(plan, 0, 1, 0, 2, units, recipe) as loader:
+        next(loader)
+        assert loader.waits.decode > 0.25
+        assert loader.waits.storage < 0.25
+
+
+def test_a_dead_decoding_process_ends_the_batches_with_its_signal(manifest: Manifest, tokenizer: Tokenizer) -> None:
+    plan = plan_of(manifest)
+    units = read_units(manifest, plan.units(), 0)
+    with Batches(plan, 0, 1, 0, None, units, recipe_of(manifest, tokenizer), processes=2) as loader:
+        next(loader)
+        psutil.Process().children(recursive=True)[-1].kill()
+        with pytest.raises(TrainingError, match=r"process \d+ ended with signal 9.*data\.decode_processes"):
+            list(loader)
+    assert not left_behind()
+
+
+OWNER = """
+import sys, time
+from msclip.data.decode import Recipe, read_units
+from msclip.data.images import Preprocess
+from msclip.data.loader import Batches
+from msclip.data.plan import Plan, Unit
+from msclip.data.shards import Manifest
+manifest = Manifest.load(sys.argv[1])
+plan = Plan(manifest.sizes, 8)
+recipe = Recipe.of(manifest, Preprocess(image_size=8), None, open(sys.argv[2]).read(), 0)
+batches = Batches(plan, 0, 1, 0, None, read_units(manifest, plan.units(), 0), recipe, processes=2)
+next(batches)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_nothing_is_left_when_the_owner_is_killed(manifest: Manifest, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
+    shared = set(os.listdir("/dev/shm"))
+    command = [sys.executable, "-c", OWNER, manifest.folder.url, str(tmp_path / "tokenizer.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "ready\n"
+        processes = psutil.Process(owner.pid).children(recursive=True)
+        assert len(processes) == 3  # the one that was started, and two that decode
+        owner.kill()
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not alive
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+def test_a_decoding_process_is_light() -> None:
+    code = "import sys, msclip.data.pool; print([m for m in ('torch', 'ray', 'pyarrow') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_hugging_face_columns_are_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -275,17 +375,19 @@ def test_hugging_face_columns_are_read(tmp_path: Path, tokenizer: Tokenizer) -> 
     pq.write_table(table, tmp_path / "x.parquet")
     manifest = Manifest.load(str(tmp_path), "picture", "text")
     unit = next(Plan(manifest.sizes, 8).units())
-    result = decode_unit(manifest, unit, PREPROCESS, tokenizer, None, seed=0)
-    wanted = [{2: 3, 5: 6}.get(row, row) for row in unit.row.tolist()]
-    assert numbers(tokenizer, torch.from_numpy(result.token_ids)) == wanted
-    assert sorted((row.row, row.key, row.reason) for row in result.bad) == [(2, "", "no image"), (5, "", "no caption")]
+    units, recipe = read_units(manifest, [unit], 0), Recipe.of(manifest, PREPROCESS, None, tokenizer, 0)
+    with Batches(Plan(manifest.sizes, 8), 0, 1, 0, 1, units, recipe) as loader:
+        batch = next(loader)
+        wanted = [{2: 3, 5: 6}.get(row, row) for row in unit.row.tolist()]
+        assert numbers(tokenizer, batch.token_ids) == wanted
+        assert sorted((row.row, row.key, row.reason) for row in batch.bad) == [(2, "", "no image"), (5, "", "no caption")]
 
 
 def test_settings_out_of_range_are_named() -> None:
     for settings, message in (
         ({"lanes": 0}, r"data\.lanes"),
         ({"max_bad_fraction": 1.5}, r"data\.max_bad_fraction"),
-        ({"decode_cpus": 0.0}, r"data\.decode_cpus"),
+        ({"decode_processes": 0}, r"data\.decode_processes"),
         ({"prefetch": 0}, r"data\.prefetch"),
     ):
         with pytest.raises(UserError, match=message):

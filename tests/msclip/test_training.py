@@ -11,8 +11,9 @@ import torch
 
 import msclip
 from msclip import checkpoint, metrics_log
+from msclip.data.decode import Recipe, read_units
 from msclip.data.images import Augment, Preprocess
-from msclip.data.loader import Batches, local_units
+from msclip.data.loader import Batches
 from msclip.data.plan import Plan
 from msclip.data.shards import Manifest
 from msclip.data.tokenizer import Tokenizer
@@ -51,13 +52,13 @@ def run_to(folder: Path, manifest: Manifest, steps: int = STEPS, **changes: Any)
     start = checkpoint.read_state(newest)["step"] if newest else 0
     if newest:
         engine.load_full_state(*checkpoint.load_optimizer(newest), step=start)
-    planned = plan.units(start_step=start, stop_step=steps)
-    units = local_units(manifest, planned, preprocess, tokenizer, Augment(flip=0.5), config.seed)
+    units = read_units(manifest, plan.units(start_step=start, stop_step=steps), config.seed)
+    recipe = Recipe.of(manifest, preprocess, Augment(flip=0.5), tokenizer, config.seed)
 
     def save(step: int) -> None:
         checkpoint.save(run.folder, {"step": step}, *engine.full_state(), model.config, tokenizer, preprocess)
 
-    batches = Batches(plan, 0, 1, start, steps, units)
+    batches = Batches(plan, 0, 1, start, steps, units, recipe)
     every = CheckpointConfig(every_steps=EVERY, every_minutes=None)
     return train(run, engine, batches, start_step=start, total_steps=steps, config=config, checkpoints=every, save=save)
 

@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
-from msclip.data.decode import Decoded, local_units
+from msclip.data.decode import Encoded, Recipe, read_units
 from msclip.data.images import Augment, Preprocess
 from msclip.data.loader import Batches
 from msclip.data.plan import Plan
@@ -42,35 +43,64 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.train(["picture one"], vocab_size=600, context_length=8)
 
 
-def stream(manifest: Manifest, plan: Plan, tokenizer: Tokenizer, *where: Any, **settings: Any) -> Iterator[Decoded]:
+def stream(manifest: Manifest, plan: Plan, *where: Any, **settings: Any) -> Iterator[Encoded]:
     from pipelines.stream import ray_units
 
-    return ray_units(manifest, plan, PREPROCESS, tokenizer.to_json(), AUGMENT, *where, **settings)
+    return ray_units(manifest, plan, *where, **settings)
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_ray_data_brings_what_one_process_decodes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("task_bytes", [1, 3000])  # one unit a task, and several
+def test_ray_data_brings_what_one_process_reads(tmp_path: Path, task_bytes: int) -> None:
     manifest = write(tmp_path / "x.parquet", range(1, ROWS))
     plan = Plan(manifest.sizes, 16, seed=3, lanes=2, unit_rows=12)
     where = 1, 2, 1, 9  # the second of two workers, resumed at step 1, more than two epochs
     listed = list(plan.units(*where))
-    local = list(local_units(manifest, listed, PREPROCESS, tokenizer, AUGMENT, plan.seed))
-    found = list(stream(manifest, plan, tokenizer, *where, span_units=len(listed) // 2 + 1))
-    for mine, theirs in zip(local, found, strict=True):
-        assert (mine.epoch, mine.bad) == (theirs.epoch, theirs.bad)
-        for name in ("row", "pixels", "token_ids"):
+    found = list(stream(manifest, plan, *where, task_bytes=task_bytes, span_tasks=2))
+    for mine, theirs in zip(read_units(manifest, listed, plan.seed), found, strict=True):
+        assert (mine.epoch, mine.captions) == (theirs.epoch, theirs.captions)
+        for name in ("row", "files", "ends"):
             left, right = getattr(mine, name), getattr(theirs, name)
             assert left.dtype == right.dtype
             np.testing.assert_array_equal(left, right)
-    assert {row.key for unit in found for row in unit.bad} == {"k0"}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_batches_through_ray_and_processes_are_those_of_one_process(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    manifest = write(tmp_path / "x.parquet", range(1, ROWS))
+    plan = Plan(manifest.sizes, 16, seed=3, lanes=2, unit_rows=12)
+    where = 1, 2, 1, 9
+    recipe = Recipe.of(manifest, PREPROCESS, AUGMENT, tokenizer, plan.seed)
+    local = Batches(plan, *where, read_units(manifest, plan.units(*where), plan.seed), recipe)
+    remote = Batches(plan, *where, stream(manifest, plan, *where), recipe, processes=2)
+    bad = []
+    with local, remote:
+        for mine, theirs in zip(local, remote, strict=True):
+            assert mine.bad == theirs.bad
+            bad += mine.bad
+            assert torch.equal(mine.pixels, theirs.pixels)
+            assert torch.equal(mine.token_ids, theirs.token_ids)
+    assert {row.key for row in bad} == {"k0"}
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_mistake_in_the_data_reaches_the_loop_in_its_own_words(tmp_path: Path, tokenizer: Tokenizer) -> None:
     manifest = write(tmp_path / "x.parquet", range(10, ROWS))
     plan = Plan(manifest.sizes, 16, seed=3)
+    recipe = Recipe.of(manifest, PREPROCESS, AUGMENT, tokenizer, plan.seed)
     with (
         pytest.raises(UserError, match=r"^no row of row group 0 of .*x\.parquet can be used; row \d: not an image\."),
-        Batches(plan, 0, 1, 0, None, stream(manifest, plan, tokenizer, 0, 1, 0, None, span_units=40)) as batches,
+        Batches(plan, 0, 1, 0, None, stream(manifest, plan, 0, 1, 0, None), recipe, processes=1) as batches,
     ):
         list(batches)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_shard_that_disappears_is_named(tmp_path: Path) -> None:
+    manifest = write(tmp_path / "x.parquet", range(ROWS))
+    plan = Plan(manifest.sizes, 16, seed=3, unit_rows=4)
+    units = stream(manifest, plan, 0, 1, 0, None, task_bytes=1)
+    next(units)
+    (tmp_path / "x.parquet").unlink()
+    with pytest.raises(UserError, match=r"x\.parquet"):
+        list(units)
