@@ -27,6 +27,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data import DataContext, Datasource, ExecutionResources, ReadTask
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import Block, BlockMetadata
 
 from msclip.data.decode import Encoded, read_unit
@@ -47,6 +48,7 @@ under 1/2."""
 READ_CPUS = 1.0
 """Logical CPUs of a reading task. At least this many must be left beside the training workers."""
 _HEAD_THREADS = 8
+_PAUSE_SECONDS = 0.05
 _NODES_COME_SECONDS = 15 * 60
 """Time for an autoscaler to add nodes, where the training workers hold every CPU."""
 _ATTEMPTS = 5
@@ -142,6 +144,13 @@ def ray_units(
             future.add_done_callback(_close)
 
 
+class _Pause(ExecutionCallback):
+    """Ray Data's executor looks for work without a break while its consumer is the slower one: a whole core of training's."""
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(_PAUSE_SECONDS)
+
+
 class _Span:
     """One execution of Ray Data, whose first task is done."""
 
@@ -222,6 +231,7 @@ def _context(unit_bytes: int, world_size: int) -> DataContext:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = context.enable_operator_progress_bars = context.print_on_execution_start = False
     context.target_max_block_size = unit_bytes  # what Ray Data expects of a task before it has seen one
+    context.custom_execution_callback_classes = [_Pause]
     options = context.execution_options
     options.preserve_order, options.verbose_progress = True, False
     # Each worker's execution would otherwise count on half of the cluster's memory for itself.
