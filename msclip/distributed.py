@@ -4,12 +4,15 @@
 without gradients and puts the live tensor back in its own slot, which divides the encoders' gradient by the number of ranks.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
+
+from msclip.timing import measured
 
 # torch 2.13 renamed the two tensor collectives and warns about the old names, which are all that 2.11 has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,13 +33,15 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         gathered = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
-        _all_gather(gathered, x.contiguous())
+        with measured("communication", x.device):
+            _all_gather(gathered, x.contiguous())
         return gathered
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         own = gradient.new_empty((gradient.shape[0] // world_size(), *gradient.shape[1:]))
-        _reduce_scatter(own, gradient.contiguous())
+        with measured("communication", gradient.device):
+            _reduce_scatter(own, gradient.contiguous())
         return own
 
 
@@ -66,13 +71,29 @@ def first_ranks_object(value: Any) -> Any:
     return values[0]
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any rank; between the hosts, so a GPU is not waited for."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag))
+    with measured("communication", value.device):
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=_host_group(dist.group.WORLD))
+    return bool(value)
+
+
+@lru_cache(maxsize=1)
+def _host_group(world: Any) -> Any:
+    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")
+
+
 @torch.no_grad()
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Elementwise mean of a floating-point tensor over the ranks; not differentiable, does not wait for the device."""
     if world_size() == 1:
         return values
     total = values.clone()
-    dist.all_reduce(total)
+    with measured("communication", values.device):
+        dist.all_reduce(total)
     return total / world_size()
 
 

@@ -23,6 +23,7 @@ from msclip.health import check_step
 from msclip.loss import ContrastiveResult, contrastive_loss
 from msclip.optim import OptimConfig, build_optimizer, set_learning_rates
 from msclip.stepper import PlainStepper, Stepper
+from msclip.timing import measured
 from msclip.tokens import PackedText
 
 Precision = Literal["fp32", "bf16"]
@@ -99,7 +100,8 @@ class Engine:
         lr = set_learning_rates(self._stepper.param_groups, self.step, self._config, self._total_steps)
         seed_step(self._seed, self.step, rank())
         self.module.train()
-        on_device = [micro_batch.on(self.device) for micro_batch in micro_batches]
+        with measured("copy", self.device):
+            on_device = [micro_batch.on(self.device) for micro_batch in micro_batches]
         result, scale = self._accumulate(on_device) if len(on_device) > 1 else self._backward(on_device[0])
         means = mean_over_ranks(torch.stack(result).detach())
         grad_norm, applied = self._stepper.apply()

@@ -4,6 +4,7 @@ Fetch, step, report. The loop knows neither Ray nor DeepSpeed: a `Run` says who 
 step, and batches come ready from a loader that has already proved them to be the plan's.
 """
 
+import json
 import math
 import time
 import zlib
@@ -15,15 +16,16 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from msclip.data.loader import BadRow, Batch, Batches
-from msclip.distributed import all_gather_objects, first_ranks_object
+from msclip.data.loader import BadRow, Batch, Batches, Waits
+from msclip.distributed import all_gather_objects, any_rank, first_ranks_object
 from msclip.engine import Engine, MicroBatch, read_metrics
 from msclip.errors import TrainingError, UserError
 from msclip.metrics_log import MetricsLog
 from msclip.storage import Folder
+from msclip.timing import more_processes, take_measured
 from msclip.tokens import pack
 
-QUARANTINE = "quarantine.jsonl"
+QUARANTINE, WAITING = "quarantine.jsonl", "waiting.json"
 
 
 @dataclass(frozen=True)
@@ -177,43 +179,71 @@ class Reporter:
         self.log = MetricsLog(run.folder, start_step + 1) if run.rank == 0 else None
         self.bad_rows = int(self.log.last.get("train/bad_rows", 0)) if self.log else 0
         self.bad_here = self.read_here = 0  # since this start: what the share of bad rows is measured by
+        self.processes = 0
         self.restart()
 
     def restart(self) -> None:
         """Begins a new stretch of steps, from now."""
-        self.started, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.started, self.steps = time.perf_counter(), 0
+        self.waits, self.measured = Waits(), Counter[str]()
+        take_measured()  # a checkpoint's exchanges are no step's
         self.bad: list[BadRow] = []
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, with the time spent waiting for them counted."""
+        """The batches, with what they were waited for counted. An error of one worker's batches is raised on all."""
         iterator = iter(batches)
+        if isinstance(batches, Batches):
+            self.processes, batches.on_wait = batches.processes, self.say_waiting
         while True:
-            began = time.perf_counter()
-            batch = next(iterator, None)
-            self.waited += time.perf_counter() - began
+            began, before = time.perf_counter(), batches.waits if isinstance(batches, Batches) else Waits()
+            batch, error = None, None
+            try:
+                batch = next(iterator, None)
+            except Exception as raised:
+                error = raised
+            waited = batches.waits - before if isinstance(batches, Batches) else Waits(queue=time.perf_counter() - began)
+            self.waits += waited
+            # Else the others would wait for this worker in their next exchange.
+            if any_rank(error is not None):
+                raise next(e for e in all_gather_objects(error) if e is not None)
             if batch is None:
                 return
             yield batch
 
+    def say_waiting(self, seconds: float, what: str) -> None:
+        """Tells the driver, through the run's folder, why there is no step."""
+        text = f"worker {self.run.rank} has waited {seconds:.0f} s for data: {what}"
+        self.run.folder.write_text(WAITING, json.dumps({"time": time.time(), "text": text}))
+
     def count(self, batch: Batch) -> None:
         """One more step, made with `batch`."""
         self.steps += 1
+        self.measured.update(take_measured())
         self.bad += batch.bad
 
     def report(self, step: int, batch: Batch, metrics: Mapping[str, Tensor | float]) -> dict[str, Any]:
-        """The record of the steps since `restart`; speed and waiting are those of the slowest worker.
+        """The record of the steps since `restart`; its times are those of the worker that waited longest for data.
 
         Raises:
             TrainingError: more rows were bad than the run allows.
         """
         elapsed = time.perf_counter() - self.started
-        mine = {"bad": self.bad, "waited": self.waited, "rows": batch.rows, "bad_rows": self.bad_rows}
+        mine = {
+            "bad": self.bad,
+            "times": self.times(elapsed),
+            "rows": batch.rows,
+            "bad_rows": self.bad_rows,
+            "processes": self.processes,
+        }
         reports = all_gather_objects(mine)
         bad = [row for report in reports for row in report["bad"]]
         # Rank 0 alone knows of the rows before a resumption.
         self.bad_rows = reports[0]["bad_rows"] + len(bad)
         self.bad_here += len(bad)
         self.read_here += self.steps * self.global_batch
+        times = max((report["times"] for report in reports), key=lambda each: sum(each[name] for name in Waits._fields))
+        waited = sum(times[name] for name in Waits._fields) / elapsed
+        processes = sum(report["processes"] for report in reports)
         record = {
             "step": step,
             "epoch": float(batch.epoch),
@@ -221,7 +251,10 @@ class Reporter:
             "batch": f"{zlib.crc32(b''.join(report['rows'].tobytes() for report in reports)):08x}",
             **read_metrics(metrics),
             "train/pairs_per_second": self.steps * self.global_batch / elapsed,
-            "train/data_wait": max(report["waited"] for report in reports) / elapsed,
+            "train/data_wait": waited,
+            **{f"train/{part}_seconds": seconds / self.steps for part, seconds in times.items()},
+            "train/decode_processes": processes,
+            "train/decode_processes_lacking": more_processes(processes, times["decode"] / elapsed),
             "train/bad_rows": self.bad_rows,
         }
         if self.log:
@@ -236,6 +269,11 @@ class Reporter:
                 "and continue with --resume"
             )
         return record
+
+    def times(self, elapsed: float) -> dict[str, float]:
+        """Seconds that this worker spent on each part of the steps since `restart`."""
+        known = self.waits._asdict() | dict(self.measured)
+        return known | {"compute": max(0.0, elapsed - sum(known.values()))}
 
     def flush(self) -> None:
         """Makes the log visible to others."""

@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from msclip.timing import PARTS, bottleneck
 from pipelines.report_run import RunRecord
 from pipelines.report_style import (
     PALETTE,
@@ -28,11 +29,14 @@ from pipelines.report_style import (
     thin,
 )
 
+LEGIBLE = 0.03
+"""Least share of a step whose name is written beside its band."""
+
 
 def training_charts(run: RunRecord) -> list[Chart]:
     """Pictures of metrics.jsonl; one whose columns are missing is left out."""
     with mpl.rc_context(STYLE):
-        made = [_loss(run), _accuracy(run), _throughput(run), _health(run)]
+        made = [_loss(run), _accuracy(run), _throughput(run), _step_time(run), _health(run)]
     return [chart for chart in made if chart]
 
 
@@ -97,6 +101,26 @@ def _throughput(run: RunRecord) -> Chart | None:
         label_ends(below, [label])
     panel_title(below, "share of the step spent waiting for data")
     return finish("throughput", "Throughput", "pairs of all workers; waiting is that of the slowest worker", figure)
+
+
+def _step_time(run: RunRecord) -> Chart | None:
+    """Where a step's time goes, as shares; of the worker that waited longest for data."""
+    names = [f"train/{part}_seconds" for part in PARTS]
+    if not all(name in run.metrics for name in names):
+        return None
+    seconds = np.stack([smooth(run.metrics[name]) for name in names])
+    shares = seconds / np.maximum(seconds.sum(axis=0), 1e-9)
+    figure, (axes,) = stacked_axes(1)
+    colours = ("orange", "purple", "grey", "blue_3", "green", "blue")
+    steps, tops, labels = run.metrics["step"], np.cumsum(shares, axis=0), []
+    for part, colour, share_of, top in zip(PARTS, colours, shares, tops, strict=True):
+        axes.fill_between(steps, top - share_of, top, color=PALETTE[colour][0], linewidth=0)
+        if share_of[-1] >= LEGIBLE:
+            labels.append((float(top[-1] - share_of[-1] / 2), f"{part} {share(share_of[-1])}", colour))
+    percent_axis(axes, 1.0)
+    label_ends(axes, labels)
+    last = {name: values[-1] for name, values in run.metrics.items()}
+    return finish("step_time", "Where the time goes", f"share of a step, now: {bottleneck(last)}", figure)
 
 
 def _health(run: RunRecord) -> Chart | None:

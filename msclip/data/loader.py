@@ -33,6 +33,7 @@ __all__ = ["BadRow", "Batch", "Batches", "DataConfig", "Waits"]
 
 WORK_ROWS = 64
 """Most rows decoded together: 20 ms to a second of work, next to 0.1 ms to hand it over."""
+PATIENCE_SECONDS = 5.0
 _FILLING = 2
 """Batches that decoders work on, beside those that are ready."""
 
@@ -105,6 +106,9 @@ class Waits(NamedTuple):
 
     def __add__(self, other: "Waits") -> "Waits":  # type: ignore[override]
         return Waits(*(mine + others for mine, others in zip(self, other, strict=True)))
+
+    def __sub__(self, other: "Waits") -> "Waits":
+        return Waits(*(mine - others for mine, others in zip(self, other, strict=True)))
 
 
 class _Filling:
@@ -231,6 +235,8 @@ class Batches:
 
     waits: Waits
     """What `next` has waited for so far."""
+    on_wait: Callable[[float, str], None]
+    """Told every few seconds of a long wait how long it is, and what is missing."""
 
     def __init__(
         self,
@@ -247,6 +253,7 @@ class Batches:
         device: torch.device | None = None,
     ):
         self.waits = Waits()
+        self.on_wait, self.processes = _nothing, processes
         self._on_gpu = device is not None and device.type == "cuda"
         self._done = False
         self._last: _Filling | None = None
@@ -276,9 +283,7 @@ class Batches:
             raise StopIteration
         self._release()
         began = time.perf_counter()
-        filling = self._pipeline.ready.get()
-        if isinstance(filling, _Filling):
-            filling.done.wait()
+        filling = self._next(began)
         error = filling.error if isinstance(filling, _Filling) else filling
         if not isinstance(filling, _Filling) or error:
             self.close()
@@ -286,6 +291,17 @@ class Batches:
         self.waits += _attributed(began, filling.fed_at, filling.done_at, time.perf_counter())
         self._last = filling
         return filling.batch
+
+    def _next(self, began: float) -> _Filling | BaseException | None:
+        while True:
+            try:
+                filling = self._pipeline.ready.get(timeout=PATIENCE_SECONDS)
+                break
+            except queue.Empty:
+                self.on_wait(time.perf_counter() - began, "no image files have come (slow storage, or no free CPU to read)")
+        while isinstance(filling, _Filling) and not filling.done.wait(PATIENCE_SECONDS):
+            self.on_wait(time.perf_counter() - began, "image files have come and are not decoded (too few CPUs)")
+        return filling
 
     def _release(self) -> None:
         """The last batch's memory may be filled again; where a GPU copies from it, when it has."""
@@ -307,6 +323,10 @@ class Batches:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _nothing(seconds: float, what: str) -> None:
+    """Nobody wants to know."""
 
 
 def _attributed(began: float, fed_at: float, done_at: float, now: float) -> Waits:

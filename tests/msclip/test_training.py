@@ -1,6 +1,9 @@
 """The loop in one process, without Ray: resuming, stopping, and what it writes."""
 
 import json
+import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,8 @@ import pytest
 import torch
 
 import msclip
-from msclip import checkpoint, metrics_log
-from msclip.data.decode import Recipe, read_units
+from msclip import checkpoint, metrics_log, timing
+from msclip.data.decode import Encoded, Recipe, read_units
 from msclip.data.images import Augment, Preprocess
 from msclip.data.loader import Batches
 from msclip.data.plan import Plan
@@ -20,7 +23,8 @@ from msclip.data.tokenizer import Tokenizer
 from msclip.engine import create_engine
 from msclip.optim import OptimConfig
 from msclip.storage import Folder
-from msclip.training import CheckpointConfig, LocalRun, TrainingConfig, train
+from msclip.training import WAITING, CheckpointConfig, LocalRun, Reporter, TrainingConfig, train
+from pipelines.progress import Progress
 from tests.drawn import TEXTS, captioned
 
 STEPS, EVERY = 6, 2
@@ -65,8 +69,8 @@ def run_to(folder: Path, manifest: Manifest, steps: int = STEPS, **changes: Any)
 
 def curve(folder: Path) -> list[dict[str, Any]]:
     """All records, without what measures time."""
-    timed = ("time", "train/pairs_per_second", "train/data_wait")
-    return [{k: v for k, v in r.items() if k not in timed} for r in metrics_log.read(Folder(folder))]
+    timed = re.compile("time|.*_(second|seconds|wait|lacking)")
+    return [{k: v for k, v in record.items() if not timed.fullmatch(k)} for record in metrics_log.read(Folder(folder))]
 
 
 def test_a_resumed_run_equals_the_unbroken_one_to_the_last_bit(tmp_path: Path, manifest: Manifest) -> None:
@@ -98,6 +102,49 @@ def test_too_many_bad_rows_stop_the_run_and_are_listed(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in Folder(tmp_path / "run").read_text("quarantine.jsonl").splitlines()]
     assert {row["reason"] for row in rows} == {"not an image"}
     assert all(row["row"] % 4 == 0 for row in rows)
+
+
+def test_the_parts_of_a_step_add_up_and_name_the_bottleneck(tmp_path: Path, manifest: Manifest) -> None:
+    started = time.perf_counter()
+    run_to(tmp_path, manifest)
+    records = metrics_log.read(Folder(tmp_path))
+    for record in records:
+        parts = [record[f"train/{part}_seconds"] for part in timing.PARTS]
+        assert all(seconds >= 0 for seconds in parts)
+        assert sum(parts) == pytest.approx(16 / record["train/pairs_per_second"], rel=1e-6)
+        assert sum(parts[:3]) == pytest.approx(record["train/data_wait"] * sum(parts), rel=1e-6)
+        assert timing.bottleneck(record)
+    assert sum(r[f"train/{part}_seconds"] for r in records for part in timing.PARTS) < time.perf_counter() - started
+
+
+def test_the_bottleneck_says_how_many_decoding_processes_are_lacking() -> None:
+    record = {"train/decode_seconds": 0.5, "train/storage_seconds": 0.1, "train/compute_seconds": 0.4}
+    lacking = timing.more_processes(4, 0.5)
+    assert lacking == 4
+    text = timing.bottleneck({**record, "train/decode_processes_lacking": lacking})
+    assert text == "decode 50%: 4 more decode CPUs would remove it"
+    assert timing.bottleneck({"train/storage_seconds": 0.3, "train/compute_seconds": 0.7}) == "storage 30%"
+    assert timing.bottleneck({"train/decode_seconds": 0.01, "train/compute_seconds": 0.99}) == "compute 99%"
+    assert timing.bottleneck({}) == ""
+
+
+def test_a_long_wait_is_told_in_the_run_folder(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("msclip.data.loader.PATIENCE_SECONDS", 0.1)
+    plan = Plan(manifest.sizes, 16)
+    recipe = Recipe.of(manifest, Preprocess(8), None, Tokenizer.train(["a red circle"], 600, 16), 0)
+
+    def slow() -> Iterator[Encoded]:
+        time.sleep(0.35)
+        yield from read_units(manifest, plan.units(0, 1, 0, 1), 0)
+
+    run = LocalRun(Folder(tmp_path))
+    with Progress(run.folder, 1), Batches(plan, 0, 1, 0, 1, slow(), recipe) as batches:
+        assert len(list(Reporter(run, 16, 0.1, 0).timed(batches))) == 1
+    note = json.loads(run.folder.read_text(WAITING))
+    assert note["text"].startswith("worker 0 has waited 0 s for data: no image files have come")
+    assert note["text"] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

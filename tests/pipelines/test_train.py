@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -79,8 +80,8 @@ def copied(unbroken: Folder, name: str, until: int) -> Folder:
 
 def curve(run: Folder) -> list[dict[str, Any]]:
     """All records, without what measures time."""
-    timed = ("time", "train/pairs_per_second", "train/data_wait")
-    return [{k: v for k, v in record.items() if k not in timed} for record in metrics_log.read(run)]
+    timed = re.compile("time|.*_(second|seconds|wait|lacking)")
+    return [{k: v for k, v in record.items() if not timed.fullmatch(k)} for record in metrics_log.read(run)]
 
 
 def kill_a_worker_after(run: Folder, step: int, killed: list[int]) -> None:
