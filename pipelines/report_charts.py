@@ -111,7 +111,7 @@ def _step_time(run: RunRecord) -> Chart | None:
     seconds = np.stack([smooth(run.metrics[name]) for name in names])
     shares = seconds / np.maximum(seconds.sum(axis=0), 1e-9)
     figure, (axes,) = stacked_axes(1)
-    colours = ("orange", "purple", "grey", "blue_3", "green", "blue")
+    colours = ("orange", "purple", "muted", "blue_3", "green", "blue")
     steps, tops, labels = run.metrics["step"], np.cumsum(shares, axis=0), []
     for part, colour, share_of, top in zip(PARTS, colours, shares, tops, strict=True):
         axes.fill_between(steps, top - share_of, top, color=PALETTE[colour][0], linewidth=0)

@@ -35,7 +35,14 @@ def record(step: int) -> dict[str, float]:
         "train/grad_norm": 5.0 / step,
         "train/lr": 1e-3 * (1 - step / 100),
         "train/pairs_per_second": 32.0,
-        "train/data_wait": 0.02,
+        "train/data_wait": 0.3,
+        "train/storage_seconds": 0.05,
+        "train/decode_seconds": 0.25,
+        "train/queue_seconds": 0.0,
+        "train/copy_seconds": 0.1,
+        "train/communication_seconds": 0.2,
+        "train/compute_seconds": 0.4,
+        "train/decode_processes_lacking": 3,
         "train/bad_rows": 0,
     }
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -109,6 +111,23 @@ def test_after_a_worker_is_killed_every_later_batch_and_loss_is_the_unbroken_run
     assert [record["step"] for record in curve(run)] == list(range(1, STEPS + 1))
     assert curve(run) == curve(unbroken)
     assert len(checkpoint.finished(run)) == STEPS // EVERY
+
+
+def test_data_that_one_worker_cannot_use_stop_both_in_one_paragraph(
+    folder: Path, ray_session: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table = pq.read_table(folder / "pairs.parquet")
+    images = [b"broken" if 40 <= i < 45 else image for i, image in enumerate(table["image"].to_pylist())]
+    broken = table.set_column(table.schema.get_field_index("image"), "image", pa.array(images))
+    pq.write_table(broken, folder / "broken.parquet", row_group_size=5)
+    # One lane, so that the five rows come one after another.
+    arguments = ["--data.train", str(folder / "broken.parquet"), "--data.lanes", "1", "--data.window", "1"]
+    began = time.monotonic()
+    assert start(folder, "--run.name", "broken", *arguments) == 2
+    assert time.monotonic() - began < 90
+    error = capfd.readouterr().err
+    assert "no row of row group 8" in error
+    assert "Traceback" not in error
 
 
 def test_a_run_goes_on_with_other_workers_and_another_zero_stage(unbroken: Folder) -> None:
