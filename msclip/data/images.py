@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageEnhance, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from msclip.errors import UserError
 
@@ -94,6 +95,8 @@ def _opened(data: bytes | memoryview | Image.Image, max_pixels: int = MAX_PIXELS
         image = Image.open(io.BytesIO(data))
     if image.width * image.height > max_pixels:
         raise BadImage(f"too many pixels: {image.width} x {image.height}")
+    if isinstance(image, TiffImageFile):  # Pillow turns these itself
+        return image, 1
     try:
         return image, int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF says nothing about the pixels
@@ -104,10 +107,14 @@ def _upright_size(image: Image.Image, turn: int) -> tuple[int, int]:
     return (image.height, image.width) if turn >= 5 else image.size
 
 
-def _view(image: Image.Image, turn: int, box: Box, size: int, margin: int, background: Background) -> Image.Image:
+def _view(image: Image.Image, turn: int, box: Box, size: int, margin: int, background: Background, cut: bool) -> Image.Image:
     """The part of an upright image inside box as a square, bicubic with anti-aliasing.
 
     A JPEG is decoded just large enough for box to have margin * size pixels a side.
+
+    Args:
+        cut: box lies on whole pixels of the full image, beyond which the filter shall not see: the field's random crop. Else
+            box is a window on the whole image resized: the field's centre crop.
     """
     left, top, right, bottom = _stored(box, turn)
     extent: tuple[float, float] = image.size
@@ -121,6 +128,9 @@ def _view(image: Image.Image, turn: int, box: Box, size: int, margin: int, backg
     right, bottom = min(right * extent[0], image.width), min(bottom * extent[1], image.height)
     kept = left * extent[0], top * extent[1], right, bottom
     square = _rgb(image, background)
+    if cut and extent == square.size:
+        square = square.crop((round(kept[0]), round(kept[1]), round(right), round(bottom)))
+        kept = 0.0, 0.0, float(square.width), float(square.height)
     if square.size != (size, size) or kept != (0, 0, size, size):
         square = square.resize((size, size), Image.Resampling.BICUBIC, box=kept)
     return square.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else square
@@ -216,7 +226,7 @@ class Preprocess:
         with _short_reasons():
             image, turn = _opened(data)
             box = centre_box(*_upright_size(image, turn), self.image_size)
-            return _view(image, turn, box, self.image_size, _EVALUATION_MARGIN, self.background)
+            return _view(image, turn, box, self.image_size, _EVALUATION_MARGIN, self.background, cut=False)
 
     def train_view(self, data: bytes | memoryview | Image.Image, augment: Augment, rng: np.random.Generator) -> Image.Image:
         """A random view for training: crop, then mirror, colours and grey as `augment` says.
@@ -229,7 +239,7 @@ class Preprocess:
         with _short_reasons():
             image, turn = _opened(data)
             box = random_box(*_upright_size(image, turn), augment, rng)
-            return _varied(_view(image, turn, box, self.image_size, 1, self.background), augment, rng)
+            return _varied(_view(image, turn, box, self.image_size, 1, self.background, cut=True), augment, rng)
 
     def pixels(self, data: bytes | Image.Image) -> UInt8[np.ndarray, "size size 3"]:
         """`view` as an array."""

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from msclip.data.images import Augment, BadImage, Preprocess, open_image, random_box
 from msclip.errors import UserError
@@ -91,6 +91,78 @@ def test_exif_rotation_is_undone_in_every_view(turn: int) -> None:
         assert difference(views[0], views[1]).mean() < 1
 
 
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("turn", [3, 6, 8])
+def test_exif_rotation_is_undone_in_other_kinds_of_file(kind: str, turn: int) -> None:
+    undo = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    upright, exif = smooth(60, 41), Image.Exif()
+    exif[0x0112] = turn
+    data = encoded(upright.transpose(undo[turn]), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    assert np.array_equal(np.asarray(open_image(data)), np.asarray(upright))
+    assert difference(Preprocess(32).pixels(data), Preprocess(32).pixels(encoded(upright, "PNG"))).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("TIFF", {"compression": "tiff_deflate"}),
+    ],
+)
+def test_kinds_of_file_that_lose_nothing_give_their_pixels(kind: str, options: dict[str, Any]) -> None:
+    image = smooth(37, 23)
+    assert np.array_equal(np.asarray(open_image(encoded(image, kind, **options))), np.asarray(image))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_the_first_counts(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert open_image(data).getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_an_icc_profile_changes_no_pixel() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    for kind in ("PNG", "TIFF", "JPEG"):
+        plain, profiled = encoded(smooth(40, 30), kind), encoded(smooth(40, 30), kind, icc_profile=profile)
+        assert plain != profiled
+        assert np.array_equal(Preprocess(16).pixels(plain), Preprocess(16).pixels(profiled))
+
+
+def test_colours_of_sixteen_bits_become_eight() -> None:
+    rows = b"".join(b"\0" + struct.pack(">12H", *([65535, 32768, 0] * 4)) for _ in range(4))
+    assert open_image(png(struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0), rows)).getpixel((1, 1)) == (255, 128, 0)
+
+
+def test_cmyk_tiff_has_its_colours() -> None:
+    data = encoded(Image.new("RGB", (8, 8), (200, 30, 60)).convert("CMYK"), "TIFF")
+    assert open_image(data).getpixel((2, 2)) == (200, 30, 60)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "TIFF", "WEBP"])
+def test_the_pixel_limit_is_checked_before_anything_is_decoded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.new("RGB", (60, 50)), kind)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(BadImage, match="too many pixels: 60 x 50"):
+        open_image(data, max_pixels=2999)
+
+
+def test_the_random_crop_is_the_fields_to_the_bit() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8))
+    augment = Augment(scale=(0.2, 1.0))
+    for seed in range(20):
+        left, top, right, bottom = random_box(120, 90, augment, np.random.default_rng(seed))
+        part = noise.crop((round(left * 120), round(top * 90), round(right * 120), round(bottom * 90)))
+        field = np.asarray(part.resize((48, 48), Image.Resampling.BICUBIC))
+        ours = Preprocess(48).train_pixels(encoded(noise, "PNG"), augment, np.random.default_rng(seed))
+        assert np.array_equal(ours, field)
+
+
 def test_cmyk_jpeg_has_its_colours() -> None:
     data = encoded(Image.new("RGB", (40, 40), (200, 30, 60)).convert("CMYK"), "JPEG", quality=95)
     assert difference(np.asarray(open_image(data))[20, 20], np.array([200, 30, 60])).max() < 8
@@ -132,8 +204,11 @@ def test_other_modes_become_rgb(mode: str) -> None:
 
 
 def png_of_claimed_size(width: int, height: int) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    return png(struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"")
+
+
+def png(header: bytes, rows: bytes) -> bytes:
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 

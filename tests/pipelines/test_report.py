@@ -132,7 +132,7 @@ def test_the_pictures_take_every_colour_from_the_page(whole_page: str) -> None:
 
 def test_each_picture_is_also_a_png_file(whole_run: Path, whole_page: str) -> None:
     files = {path.stem: path for path in (whole_run / "report").glob("*.png")}
-    assert set(files) == {"loss", "accuracy", "throughput", "optimisation", "evaluation_val"}
+    assert set(files) == {"loss", "accuracy", "throughput", "step_time", "optimisation", "evaluation_val"}
     for path in files.values():
         with Image.open(path) as picture:
             assert picture.width > 1000
