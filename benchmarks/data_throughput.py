@@ -46,7 +46,6 @@ ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # all competitors at one priority
     "TOKENIZERS_PARALLELISM": "false",
 }
 
@@ -364,6 +363,7 @@ def main() -> int:
     if options.run:
         print(json.dumps(RUNS[options.run](options.folder, options.cores, options.seconds)))
         return 0
+    os.nice(19)  # all at one priority, also those that would lower their own: on a busy machine it decides
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])  # of every process that comes of this one
     with contextlib.ExitStack() as stack:
         folder = Path(options.folder or stack.enter_context(tempfile.TemporaryDirectory()))

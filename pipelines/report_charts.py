@@ -116,7 +116,7 @@ def _step_time(run: RunRecord) -> Chart | None:
     for part, colour, share_of, top in zip(PARTS, colours, shares, tops, strict=True):
         axes.fill_between(steps, top - share_of, top, color=PALETTE[colour][0], linewidth=0)
         if share_of[-1] >= LEGIBLE:
-            labels.append((float(top[-1] - share_of[-1] / 2), f"{part} {share(share_of[-1])}", colour))
+            labels.append((float(top[-1] - share_of[-1] / 2), f"{part} {share_of[-1]:.0%}", colour))
     percent_axis(axes, 1.0)
     label_ends(axes, labels)
     last = {name: values[-1] for name, values in run.metrics.items()}

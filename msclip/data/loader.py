@@ -133,15 +133,6 @@ class _Filling:
                 self.done.set()
 
 
-class Lost(Exception):
-    """A decoder is gone, which was to be expected: another one can do its work."""
-
-
-_Part = tuple[int, int, _Filling | None, Work | None]
-"""Step and first row, by which parts are taken in order; the last step of all, with nothing to do, is the end."""
-_END: _Part = (1 << 62, 0, None, None)
-
-
 class _Pipeline:
     """What the threads of `Batches` share. It does not know `Batches`, so a forgotten one is collected and stops them."""
 
@@ -150,10 +141,10 @@ class _Pipeline:
         """Slots of the memory, each with the event after which it may be written, if any; `None` at the end."""
         for slot in range(slots):
             self.free.put((slot, None))
-        self.parts: queue.PriorityQueue[_Part] = queue.PriorityQueue()
+        self.parts: queue.SimpleQueue[tuple[_Filling, Work] | None] = queue.SimpleQueue()
+        """What decoders have to do, in order; `None` at the end."""
         self.ready: queue.SimpleQueue[_Filling | BaseException | None] = queue.SimpleQueue()
         self.stop = threading.Event()
-        self.decoders: list[Decoder] = []
         self.threads: list[threading.Thread] = []
 
     def run(self, target: Callable[..., None], *arguments: Any, name: str) -> None:
@@ -161,11 +152,6 @@ class _Pipeline:
         thread = threading.Thread(target=target, args=(self, *arguments), name=name, daemon=True)
         self.threads.append(thread)
         thread.start()
-
-    def add(self, decoder: Decoder) -> None:
-        """One more who takes parts."""
-        self.decoders.append(decoder)
-        self.run(_decode, decoder, name="batches-decode")
 
 
 def _read(
@@ -191,7 +177,7 @@ def _read(
             works = works_of_batch(slot, pieces, part_rows)
             filling = _Filling(Batch(step, plan.epoch(step + 1), rows, pixels[slot], token_ids[slot], []), slot, len(works))
             for work in works:
-                pipeline.parts.put((step, work.first, filling, work))
+                pipeline.parts.put((filling, work))
             pipeline.ready.put(filling)
     except BaseException as error:
         end = error
@@ -205,18 +191,14 @@ def _read(
 def _decode(pipeline: _Pipeline, decoder: Decoder) -> None:
     """A decoder's thread, which mostly waits for it."""
     while not pipeline.stop.is_set():
-        _, _, filling, work = part = pipeline.parts.get()
-        if filling is None or work is None:
-            pipeline.parts.put(_END)  # for the next thread
+        part = pipeline.parts.get()
+        if part is None:
             break
+        filling, work = part
         try:
             filling.finish(decoder.decode(work))
-        except Lost:
-            pipeline.parts.put(part)
-            break
         except BaseException as error:
             filling.finish(error)
-    decoder.close()
 
 
 class Batches:
@@ -273,7 +255,7 @@ class Batches:
         tensors = torch.from_numpy(pixels), torch.from_numpy(token_ids)
         pipeline.run(_read, plan, place, units, tensors, part_rows, name="batches-read")
         for decoder in pool.decoders if pool else [Inline(recipe, layout, memory)]:
-            pipeline.add(decoder)
+            pipeline.run(_decode, decoder, name="batches-decode")
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -344,9 +326,8 @@ def _pin(memory: np.ndarray) -> None:
 def _stop(pipeline: _Pipeline, pool: Pool | None) -> None:
     pipeline.stop.set()
     pipeline.free.put(None)
-    pipeline.parts.put(_END)
-    for decoder in pipeline.decoders:
-        decoder.close()
+    for _ in pipeline.threads:
+        pipeline.parts.put(None)
     if pool:
         pool.close()
     deadline = time.monotonic() + 10

@@ -76,10 +76,6 @@ class Decoder(Protocol):
         """
         ...
 
-    def close(self) -> None:
-        """Ends what is under way: another thread that is in `decode` meets an error."""
-        ...
-
 
 class Inline:
     """Decodes in the calling thread."""
@@ -89,9 +85,6 @@ class Inline:
 
     def decode(self, work: Work) -> list[Replaced]:
         return decode_into(self.recipe, work, *self.arrays)
-
-    def close(self) -> None:
-        """Nothing outlives the call."""
 
 
 def decode_into(recipe: Recipe, work: Work, pixels: np.ndarray, token_ids: np.ndarray) -> list[Replaced]:
@@ -184,6 +177,7 @@ class _Process:
         return replaced
 
     def close(self) -> None:
+        """A thread that is in `decode` meets an error."""
         # Only shut down: a descriptor that is closed here may be another file's while a thread still reads from it.
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as connection:
             connection.shutdown(socket.SHUT_RDWR)

@@ -124,7 +124,7 @@ def test_no_two_elements_of_the_page_share_an_id(whole_page: str) -> None:
 
 def test_the_pictures_take_every_colour_from_the_page(whole_page: str) -> None:
     pictures = re.findall(r"<svg.*?</svg>", whole_page, flags=re.DOTALL)
-    assert len(pictures) == 5
+    assert len(pictures) == 6
     for picture in pictures:
         assert set(re.findall(r"#[0-9a-f]{6}", picture)) == set()
         assert set(re.findall(r"var\(--(\w+)\)", picture)) <= set(PALETTE)
