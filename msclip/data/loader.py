@@ -129,6 +129,7 @@ class _Filling:
                 self.batch.bad.extend(replaced.bad for replaced in result)
             self.left -= 1
             if self.left == 0 or self.error:
+                self.batch.bad.sort(key=lambda row: (row.shard, row.row_group, row.row))  # not by who was done first
                 self.done_at = time.perf_counter()
                 self.done.set()
 
