@@ -19,6 +19,7 @@ import datetime
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -39,6 +40,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 VIEW, BATCH, ROW_GROUP, TAR = 224, 512, 500, 1000
+SHARD_BYTES, GROUP_BYTES = 256 * 2**20, 32 * 2**20
 MEAN, STD = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -76,12 +78,13 @@ def make_shards(data: str, size: int, rows: int, distinct: int, folder: Path) ->
         found.append((image if Image.open(io.BytesIO(image)).size == (size, size) else enlarged(image, size), captions))
         if len(found) == min(rows, distinct):
             break
-    shards = max(1, rows // 25_000)
+    each = sum(len(image) for image, _ in found) / len(found)
+    shards = max(2, math.ceil(rows * each / SHARD_BYTES))
     for shard in range(shards):
         mine = [found[i % len(found)] for i in range(shard, rows, shards)]
-        images, captions = pa.array([i for i, _ in mine], pa.large_binary()), pa.array([c for _, c in mine])
-        table = pa.table({"image": images.cast(pa.binary()) if images.nbytes < 2**31 else images, "captions": captions})
-        pq.write_table(table, folder / f"{shard:03d}.parquet", row_group_size=ROW_GROUP, compression="none")
+        table = pa.table({"image": pa.array([image for image, _ in mine], pa.binary()), "captions": [said for _, said in mine]})
+        group = max(64, min(ROW_GROUP, round(GROUP_BYTES / each)))
+        pq.write_table(table, folder / f"{shard:04d}.parquet", row_group_size=group, compression="none")
 
 
 def shard_rows(folder: str, columns: list[str]) -> Iterator[list[Any]]:
@@ -124,13 +127,12 @@ def run_pillow(folder: str, cores: int, seconds: float) -> dict[str, float]:
     counts = context.Queue()
 
     def work() -> None:
-        for file in files[:64]:
+        for file in files[:50]:
             bare(file)
         done, began = 0, time.perf_counter()
         while time.perf_counter() - began < seconds:
-            for file in files[done % 400 : done % 400 + 50]:
-                bare(file)
-            done += 50
+            bare(files[done % len(files)])
+            done += 1
         counts.put(done / (time.perf_counter() - began))
 
     processes = [context.Process(target=work) for _ in range(cores)]
@@ -325,9 +327,17 @@ def measure(name: str, folder: str, cores: int, seconds: float) -> dict[str, Any
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    output, errors = process.communicate(timeout=60 + 20 * seconds)
-    stop.set()
-    watcher.join()
+    try:
+        output, errors = process.communicate(timeout=120 + 10 * seconds)
+    except subprocess.TimeoutExpired:
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with contextlib.suppress(psutil.Error):
+                each.kill()
+        process.wait()
+        return {"skipped": f"not done after {120 + 10 * seconds:.0f} s"}
+    finally:
+        stop.set()
+        watcher.join()
     if process.returncode:
         lines = errors.strip().splitlines() or ["no message"]
         return {"skipped": lines[-1]}
