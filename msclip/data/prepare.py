@@ -29,7 +29,7 @@ class Stored(NamedTuple):
     sha256: bytes
     """Of the file before it was changed."""
     phash: int | None
-    """`perceptual_hash` of the picture."""
+    """`perceptual_hash` of the picture, once it is scaled."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,14 @@ class ImageRules:
         if shrink and self.short_side and header.format == "JPEG":
             across, down = (max(1, side * _MARGIN * self.short_side // least) for side in full)
             header.draft(None, (across, down))
-            image = open_image(header)
-        else:
-            image = open_image(data)
+        # What is not decoded smaller goes in as bytes, of which no copy is made.
+        image = open_image(data if header.size == full else header)
         # Upright, the image may lie across what the header said.
         width, height = full if (full[0] > full[1]) == (image.width > image.height) else full[::-1]
-        phash = perceptual_hash(image)
         if shrink and self.short_side:
             width, height = (round(side * self.short_side / least) for side in (width, height))
             image = image.resize((width, height), Image.Resampling.BICUBIC)
+        phash = perceptual_hash(image)
         target = self.form or "jpeg"
         if not shrink and (self.form is None or header.format == target.upper()):
             return Stored(data, width, height, content_hash(data), phash)
