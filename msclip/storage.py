@@ -205,6 +205,9 @@ class Folder:
         options: dict[str, Any] = {"region_name": query.get("region")}
         if host := query.get("endpoint_override"):
             options["endpoint_url"] = host if "://" in host else f"{query.get('scheme', 'https')}://{host}"
+        if "@" in self._rest.partition("/")[0]:  # a key in the URL, as pyarrow takes it too
+            key_id, _, secret = self._rest.partition("@")[0].partition(":")
+            options |= {"aws_access_key_id": unquote(key_id), "aws_secret_access_key": unquote(secret)}
         bucket, _, key = path.partition("/")
         client = boto3.client("s3", **options)
         for attempt in range(5):

@@ -18,11 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from msclip.data.prepare import CaptionRules, ImageRules
 from msclip.data.shards import SCHEMA, Manifest, Shard
+from msclip.data.sources import TarSource
 from msclip.errors import UserError
 from msclip.eval.rows import open_rows
 from msclip.storage import Folder
 from pipelines import cli, contact_sheet, ingest
+from pipelines.ingest_tasks import Waiting, Work
 
 
 def picture(shade: int, size: tuple[int, int] = (20, 16), kind: str = "JPEG") -> bytes:
@@ -404,6 +407,25 @@ def test_shards_end_by_rows_or_by_bytes(ray_session: None, tmp_path: Path, capsy
     assert [shard.rows for shard in Manifest.load(str(tmp_path / "out")).shards] == [1, 1, 1, 5, 5, 2]
 
 
+def test_a_picture_under_many_texts_keeps_some_of_them(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_parquet(tmp_path / "data.parquet", [(jpeg(0), f"text {i % 50}") for i in range(100)])
+    options = ("--input", data, "--output", tmp_path / "out", "--deduplicate", "exact")
+    assert run(capsys, *options)[0] == 0
+    assert captions(tmp_path / "out") == [[f"text {i}" for i in range(32)]]
+    assert reasons(tmp_path / "out") == {"duplicate": 99}
+
+
+def test_a_row_group_ends_before_it_fills_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pipelines.ingest_tasks._ROW_GROUP_BYTES", 1000)
+    folder = Folder(tmp_path)
+    source = TarSource(folder, (), None, "none")
+    work = Work(source, folder, "id", 4, ImageRules(), CaptionRules(), None, None)
+    rows = [Waiting(bytes(size), [], "", "", 1, 1, b"", None) for size in (400, 400, 400, 10, 10, 10, 10, 2000, 5)]
+    assert [len(group) for group in work._row_groups(iter(rows))] == [3, 4, 1, 1]
+
+
 def test_two_ingests_at_once_both_arrive(
     ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,6 +450,34 @@ def test_two_ingests_at_once_both_arrive(
     assert [ingest_["kept"] for ingest_ in Manifest.load(str(output)).ingests] == [4, 2]
     assert Manifest.load(f"{output}/manifest-000001.json").rows == 4
     assert not [name for name in written(output) if "INGESTING" in name or "scratch" in name]
+
+
+def test_tars_in_an_object_store_become_versions_in_an_object_store(
+    ray_session: None, s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The keys stand in the URL, as the workers of this session began without any.
+    store = Folder(s3_url.replace("s3://bucket/runs", "s3://key:secret@bucket/ingest"))
+    for number in (0, 1):
+        with tarfile.open(tmp_path / "part.tar", "w") as file:
+            for i in range(number * 3, number * 3 + 4):  # the last of the first is the first of the second
+                for name, data in ((f"{i}.jpg", jpeg(i)), (f"{i}.txt", f"picture {i}".encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    file.addfile(info, io.BytesIO(data))
+        (store / f"in-{number}").upload(tmp_path / "part.tar", "part.tar")
+        arguments = ["--input", f"{(store / f'in-{number}').url}", "--output", (store / "out").url, "--deduplicate", "exact"]
+        assert run(capsys, *arguments)[0] == 0
+    out = store / "out"
+    assert Manifest.load((out / "manifest-000001.json").url).rows == 4
+    manifest = Manifest.load(out.url)
+    assert (manifest.version, manifest.rows) == (2, 7)
+    keys = [key for group in range(len(manifest.row_groups)) for key in manifest.read(group)["key"].to_pylist()]
+    assert sorted(keys) == [f"part/{i}" for i in range(7)]
+    assert [name for name in out.names() if name.startswith(("INGESTING", "scratch"))] == []
+    assert {"contact_sheet.png", "statistics.html"} <= set(out.names())
+    # What others read has no keys in it.
+    assert manifest.ingests[1]["input"].startswith("s3://bucket/ingest/in-1?")
+    assert not any("secret" in out.read_text(name) for name in ("manifest.json", "statistics.html", "quarantine.jsonl"))
 
 
 DEAD, ALIVE = "20260101-000000-aaaaaa", "20260101-000000-bbbbbb"
@@ -496,6 +546,16 @@ def test_shards_without_a_manifest_are_no_data_set(photos: Path, tmp_path: Path)
         (["--input", "{}/parquet", "--image_column", "text"], "must hold the bytes of image files"),
         (["--input", "{}/parquet", "--image_column", "picture"], "has only the columns image, text"),
         (["--input", "{}/photos", "--shard_rows", "0"], "shard_rows must be at least 1"),
+        (["--input", "{}/photos", "--shard_mib", "0"], "shard_mib must be at least 1"),
+        (["--input", "{}/photos", "--image_short_side", "0"], "image_short_side must be at least 1"),
+        (["--input", "{}/photos", "--image_quality", "50"], "image_quality is only used with image_short_side or image_format"),
+        (["--input", "{}/photos", "--image_format", "gif"], "image_format"),
+        (["--input", "{}/photos", "--near_distance", "3"], "near_distance is only used with deduplicate near or decontaminate"),
+        (["--input", "{}/photos", "--deduplicate", "near", "--near_distance", "30"], "near_distance must be from 0 to 16"),
+        (["--input", "{}/photos", "--pairs_per_query", "9"], "pairs_per_query is only used with queries"),
+        (["--input", "{}/photos", "--queries", "{}/none.txt"], "queries must be a text file"),
+        (["--input", "{}/photos", "--decontaminate", "{}/none.parquet"], "none.parquet' do not exist"),
+        (["--input", "{}/photos", "--decontaminate", "{}/parquet", "{}/texts.parquet"], "none of the usual image columns"),
         (["--input", "{}/photos", "--output", "{}/photos"], "output must not be or hold the input"),
         (["--input", "{}/parquet/part-*.parquet", "--output", "{}"], "output must not be or hold the input"),
         (["--input", "{}/photos", "--output", "{}/parquet"], "must be empty"),
@@ -510,6 +570,7 @@ def test_a_mistake_is_one_paragraph_and_writes_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "empty").mkdir()
+    pq.write_table(pa.table({"text": ["words"]}), tmp_path / "texts.parquet")
     before = sorted(tmp_path.rglob("*"))
     given = [argument.format(tmp_path) for argument in arguments]
     status, _, error = run(capsys, *(given if "--output" in given else [*given, "--output", str(tmp_path / "out")]))
