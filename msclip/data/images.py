@@ -86,7 +86,7 @@ def _short_reasons() -> Iterator[None]:
 
 
 def _opened(data: bytes | memoryview | Image.Image, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, int]:
-    """An image of which only the header has been read, and its EXIF orientation (1 to 8)."""
+    """An image, and its EXIF orientation (1 to 8). Of a JPEG only the header has been read."""
     if isinstance(data, Image.Image):
         image = data.copy()  # loads it: the caller's own stays as it is
     elif not data:
@@ -97,6 +97,8 @@ def _opened(data: bytes | memoryview | Image.Image, max_pixels: int = MAX_PIXELS
         raise BadImage(f"too many pixels: {image.width} x {image.height}")
     if isinstance(image, TiffImageFile):  # Pillow turns these itself
         return image, 1
+    if not isinstance(image, JpegImageFile):
+        image.load()  # as a PNG's getexif would do, whose failure at the pixels must not pass for damaged EXIF
     try:
         return image, int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF says nothing about the pixels

@@ -226,6 +226,7 @@ def half(data: bytes) -> bytes:
         (half(encoded(smooth(90, 90), "JPEG")), "truncated"),
         (encoded(smooth(90, 90), "JPEG")[:20], "not an image"),
         (half(encoded(smooth(90, 90), "PNG")), "truncated"),
+        (encoded(smooth(90, 90), "PNG").replace(b"IDAT", b"IDAT" + b"\xff" * 40), "broken"),
         (half(encoded(smooth(90, 90), "WEBP")), "broken"),
         (encoded(smooth(90, 90), "GIF")[:60], "not an image"),
         (half(encoded(smooth(90, 90), "GIF")), "truncated"),
