@@ -129,11 +129,17 @@ class Manifest:
         columns = (image_column, caption_column)
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
             shards = tuple(pool.map(lambda name: Shard.read(folder, name, columns=columns), names))
+        manifest = stated.file if stated else MANIFEST
         for shard, recorded in zip(shards, stated.shards if stated else (), strict=bool(stated)):
             if shard.row_groups != recorded.row_groups:
                 raise UserError(
                     f"{folder.url}/{shard.file} has {shard.rows} rows in {len(shard.row_groups)} row groups, but "
-                    f"{stated.file if stated else MANIFEST} beside it says {recorded.rows} in {len(recorded.row_groups)}: the "
+                    f"{manifest} beside it says {recorded.rows} in {len(recorded.row_groups)}: the file changed after ingest; "
+                    f"ingest again, or delete {MANIFEST} to read the files as they are"
+                )
+            if shard.size != recorded.size:
+                raise UserError(
+                    f"{folder.url}/{shard.file} has {shard.size:,} bytes, but {manifest} beside it says {recorded.size:,}: the "
                     f"file changed after ingest; ingest again, or delete {MANIFEST} to read the files as they are"
                 )
         if not any(shard.rows for shard in shards):
