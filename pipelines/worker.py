@@ -111,7 +111,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "training.global_batch": plan.global_batch,
         "training.seed": plan.seed,
         "data.lanes": plan.lanes,
-        "data.window": plan.window,
+        "data.window": plan.sources[0].window,
     }
 
 

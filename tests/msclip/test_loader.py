@@ -79,8 +79,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return write(tmp_path_factory.mktemp("shards"), [picture(i) for i in range(ROWS)], good_captions())
 
 
-def plan_of(manifest: Manifest, **settings: int) -> Plan:
-    return Plan(manifest.sizes, GLOBAL_BATCH, seed=5, **({"lanes": 3, "window": 2, "unit_rows": 5} | settings))
+def plan_of(manifest: Manifest) -> Plan:
+    return Plan(manifest.sizes, GLOBAL_BATCH, seed=5, lanes=3, window=2, unit_rows=5)
 
 
 def recipe_of(manifest: Manifest, tokenizer: Tokenizer, augment: Augment | None = VARIED) -> Recipe:

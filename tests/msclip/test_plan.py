@@ -1,25 +1,44 @@
 """The sample order: each row once an epoch, and the same global batches whoever reads them and wherever one starts."""
 
+import collections
 import itertools
+import math
 import pickle
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msclip.data.plan import Plan
+from msclip.data.assembly import check_rows, pieces_of_batches
+from msclip.data.decode import Encoded
+from msclip.data.plan import Plan, Portion, Unit, batch_parts
 from msclip.errors import UserError
 
 WORLD_SIZES = (1, 2, 3, 4, 8)
 
 
-@st.composite
-def plans(draw: st.DrawFn) -> Plan:
-    global_batch = 24 * draw(st.integers(1, 2))
+def source_sizes(draw: st.DrawFn, least: int) -> list[int]:
+    """Row groups, some of them empty, with at least so many rows."""
     sizes = draw(st.lists(st.integers(0, 40), min_size=1, max_size=20))
-    sizes.append(max(1, global_batch + draw(st.integers(0, 60)) - sum(sizes)))
+    return [*sizes, max(1, least + draw(st.integers(0, 60)) - sum(sizes))]
+
+
+def skipped(draw: st.DrawFn, rows: int, most: int) -> set[int]:
+    return draw(st.sets(st.integers(0, rows - 1), max_size=most))
+
+
+@st.composite
+def plans(draw: st.DrawFn, weighted: bool | None = None) -> Plan:
+    """Of one set of rows, or of up to four sources with weights; perhaps with rows left out."""
+    global_batch = 24 * draw(st.integers(1, 2))
+    weighted = draw(st.booleans()) if weighted is None else weighted
+    sources = [source_sizes(draw, 2 * global_batch) for _ in range(draw(st.integers(1, 4)) if weighted else 1)]
+    scale = draw(st.sampled_from((0.01, 1 / 3, 1, 1000)))  # at most 1 to 18: even the smallest has a row in a batch of 24
+    portions = [Portion(f"source {i}", len(sizes), scale * draw(st.integers(1, 6))) for i, sizes in enumerate(sources)]
+    sizes = [size for source in sources for size in source]
     return Plan(
         sizes,
         global_batch,
@@ -27,22 +46,127 @@ def plans(draw: st.DrawFn) -> Plan:
         lanes=draw(st.one_of(st.none(), st.integers(1, global_batch))),
         window=draw(st.one_of(st.none(), st.integers(1, 5))),
         unit_rows=draw(st.integers(1, 30)),
+        portions=portions if weighted else (),
+        skip=sorted(skipped(draw, sum(sizes), global_batch)),
     )
 
 
-@given(plans())
-@settings(max_examples=60, deadline=None)
-def test_each_row_comes_once_in_each_epoch_and_no_tail_is_dropped(plan: Plan) -> None:
-    epochs = 3
-    steps = int(epochs * plan.steps_per_epoch) + 2
+def kept_rows(plan: Plan) -> list[np.ndarray]:
+    """The ids of each source's rows that are not left out, in order."""
+    sizes, skip = np.asarray(plan.sizes), plan.skip
+    groups = [portion.row_groups for portion in plan.portions] or [len(sizes)]
+    ends = np.cumsum([source.sum() for source in np.split(sizes, np.cumsum(groups)[:-1])])
+    begins = np.r_[0, ends[:-1]]
+    return [np.setdiff1d(np.arange(begin, end), skip) for begin, end in zip(begins, ends, strict=True)]
+
+
+def stream(plan: Plan, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and their epochs, of all steps one after another."""
     batches = [plan.batch(step) for step in range(steps)]
     assert {len(batch.row) for batch in batches} == {plan.global_batch}
-    row, epoch = (np.concatenate(column) for column in zip(*((b.row, b.epoch) for b in batches), strict=True))
-    for e in range(epochs):
-        np.testing.assert_array_equal(np.sort(row[epoch == e]), np.arange(plan.rows))
+    return np.concatenate([b.row for b in batches]), np.concatenate([b.epoch for b in batches])
 
 
 @given(plans())
+@settings(max_examples=80, deadline=None)
+def test_each_row_that_is_kept_comes_once_in_each_epoch_of_its_source_and_no_tail_is_dropped(plan: Plan) -> None:
+    rows, epochs = 0, 3
+    steps = 2 + epochs * max(math.ceil(source.rows / source.width) for source in plan.sources)
+    row, epoch = stream(plan, steps)
+    for source, kept in zip(plan.sources, kept_rows(plan), strict=True):
+        mine = np.isin(row, kept)
+        rows += mine.sum()
+        for e in range(epochs):
+            np.testing.assert_array_equal(np.sort(row[mine & (epoch == e)]), kept)
+        assert mine.sum() == steps * source.width
+    assert rows == steps * plan.global_batch  # none of another source, none of those left out
+
+
+@given(plans(weighted=True), st.integers(0, 20))
+@settings(max_examples=60, deadline=None)
+def test_every_batch_has_each_source_s_part_within_a_row(plan: Plan, step: int) -> None:
+    row, total = plan.batch(step).row, sum(portion.weight for portion in plan.portions)
+    for portion, source, kept in zip(plan.portions, plan.sources, kept_rows(plan), strict=True):
+        count = int(np.isin(row, kept).sum())
+        assert abs(count - plan.global_batch * portion.weight / total) < 1
+        assert plan.passes(step + 1)[portion.name] == pytest.approx((step + 1) * count / len(kept))
+        assert count == source.width
+
+
+def test_weights_are_parts_of_a_batch_by_largest_remainder() -> None:
+    assert batch_parts([1, 2], 256) == [85, 171]
+    assert batch_parts([0.1, 0.2, 0.7], 100) == [10, 20, 70]
+    assert batch_parts([1, 1, 1], 8) == [3, 3, 2]
+
+
+def test_a_worker_s_slice_has_something_of_each_source() -> None:
+    plan = Plan([250] * 400, 1024, portions=[Portion("photos", 300, 3), Portion("drawings", 100, 1)])
+    for rank in range(8):
+        drawings = (plan.share(0, rank, 8).row >= 75_000).sum()
+        assert abs(drawings - 32) <= 16
+
+
+def test_a_small_source_repeats_while_a_large_one_goes_on() -> None:
+    plan = Plan([30, 3000], 30, portions=[Portion("small", 1, 1), Portion("large", 1, 2)])
+    row, epoch = stream(plan, 150)
+    assert epoch[row < 30].max() == 49  # 1,500 rows of 30
+    assert sorted(row[row >= 30]) == list(range(30, 3030))  # once each
+
+
+def test_sources_of_one_size_are_not_shuffled_alike_and_the_first_is_as_it_would_be_alone() -> None:
+    alone = Plan([50] * 4, 20)
+    both = Plan([50] * 8, 40, portions=[Portion("a", 4, 1), Portion("b", 4, 1)])
+    row, _ = stream(both, 10)
+    first, second = row[row < 200], row[row >= 200]
+    np.testing.assert_array_equal(first, stream(alone, 10)[0])
+    assert not np.array_equal(first, second - 200)
+
+
+@given(plans(weighted=False))
+@settings(max_examples=60, deadline=None)
+def test_rows_of_a_row_group_land_as_near_and_as_far_as_is_said(plan: Plan) -> None:
+    places = dict[tuple[int, int, int], list[int]]()
+    for unit in plan.units(stop_step=math.ceil(plan.steps_per_epoch)):
+        places.setdefault((unit.lane, unit.epoch, unit.window), []).extend(unit.row.tolist())
+    steps = {
+        (int(e), int(r)): step
+        for step in range(math.ceil(plan.steps_per_epoch))
+        for e, r in zip(*plan.batch(step), strict=True)
+    }
+    w = plan.global_batch // plan.lanes
+    for (_, epoch, _), rows in places.items():
+        used = [steps[epoch, row] for row in rows]
+        assert max(used) - min(used) <= math.ceil(len(rows) / w)
+        assert max(collections.Counter(used).values()) <= w + 1
+
+
+def test_neighbouring_row_groups_of_a_file_are_a_third_of_an_epoch_apart() -> None:
+    plan = Plan([256] * 2000, 1024)
+    steps = np.empty(plan.rows)
+    for step in range(500):
+        steps[plan.batch(step).row] = step
+    first_rows = steps.reshape(2000, 256)[:, 0]
+    assert np.abs(np.diff(first_rows)).mean() == pytest.approx(500 / 3, rel=0.05)  # three standard deviations
+    within = np.abs(np.diff(steps.reshape(2000, 256), axis=1))
+    # A window of 256 rows is used over 16 batches.
+    assert np.median(within.max(axis=1)) <= 16
+    assert np.median(within.mean(axis=1)) == pytest.approx(16 / 3, rel=0.1)
+
+
+def test_memory_is_that_of_the_windows_in_use() -> None:
+    plan = Plan([256] * 20_000, 1024)  # 5 million rows: their ids alone would take 40 MB
+    plan.batch(0)  # the epoch's order of row groups
+    tracemalloc.start()
+    for unit in itertools.islice(plan.units(start_step=0), 2000):
+        assert len(unit.row) <= plan.unit_rows
+    for step in range(0, 4000, 40):
+        plan.share(step, 3, 8)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * plan.lanes * 256 * 8 + 1e6
+
+
+@given(plans(weighted=False))
 @settings(max_examples=60, deadline=None)
 def test_lanes_never_drift_apart(plan: Plan) -> None:
     # `rows` batches are exactly `global_batch` epochs: then all lanes must be at the same point again.
@@ -90,6 +214,31 @@ def test_a_plan_made_anew_continues_the_unbroken_order(plan: Plan, step: int) ->
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(plan)).batch(step).row, plan.batch(step).row)
 
 
+@given(plans(), st.lists(st.tuples(st.integers(1, 4), st.sampled_from((1, 2, 4))), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_a_run_broken_off_anywhere_goes_on_with_the_unbroken_batches_on_1_2_or_4_workers(
+    plan: Plan, starts: list[tuple[int, int]]
+) -> None:
+    """Each start makes some steps on some workers, whose units become batches in the way that training makes them."""
+    done = 0
+    for steps, world_size in starts:
+        fresh = pickle.loads(pickle.dumps(plan))
+        found = [list[np.ndarray]() for _ in range(steps)]
+        for rank in range(world_size):
+            place = rank, world_size, done, done + steps
+            for step, pieces in pieces_of_batches(fresh, *place, map(read, fresh.units(*place))):
+                found[step - done].append(check_rows(fresh, step, rank, world_size, pieces))
+        for step, shares in enumerate(found, done):
+            assert {len(share) for share in shares} == {plan.global_batch // world_size}
+            np.testing.assert_array_equal(np.concatenate(shares), plan.batch(step).row)
+        done += steps
+
+
+def read(unit: Unit) -> Encoded:
+    """What a reader makes of a unit, but for the files."""
+    return Encoded(unit.epoch, unit.row, np.empty(0, np.uint8), np.zeros(len(unit.row), np.int64), ("",) * len(unit.row))
+
+
 def test_the_order_is_the_one_that_earlier_releases_had() -> None:
     # Recorded: a resumed run must meet the same rows after an upgrade of msclip or NumPy.
     plan = Plan([5, 4, 3, 6], 6, seed=3, lanes=2, window=1)
@@ -119,7 +268,7 @@ def test_a_small_data_set_is_shuffled_as_a_whole() -> None:
 
 def test_rows_of_one_row_group_are_spread_over_batches_of_a_large_data_set() -> None:
     plan = Plan([256] * 1000, 1024)
-    assert (plan.lanes, plan.window) == (64, 1)
+    assert (plan.lanes, plan.sources[0].window) == (64, 1)
     for step in (0, 100):
         groups = np.bincount(plan.batch(step).row // 256)
         assert groups.max() <= 2 * 1024 // plan.lanes  # twice where two lanes share a row group
@@ -159,3 +308,9 @@ def test_settings_out_of_range_are_named() -> None:
         Plan([29], 8, window=0)
     with pytest.raises(UserError, match="global_batch must be a multiple of num_workers, got 8 and 3"):
         Plan([29], 8).share(0, 0, 3)
+    with pytest.raises(UserError, match="got 8 for 7 rows"):
+        Plan([9], 8, skip=[2, 5])
+    with pytest.raises(UserError, match=r"by its weight 0\.01 b has no row in a batch of 8"):
+        Plan([9, 9], 8, portions=[Portion("a", 1, 1), Portion("b", 1, 0.01)])
+    with pytest.raises(UserError, match="by its weight 3 b has 6 rows in every batch of 8, and only 5 in all"):
+        Plan([9, 5], 8, portions=[Portion("a", 1, 1), Portion("b", 1, 3)])
