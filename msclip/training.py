@@ -131,6 +131,7 @@ def train(
     save: Callable[[int], None],
     accumulation_steps: int = 1,
     max_bad_fraction: float = 0.01,
+    passes: Callable[[int], Mapping[str, float]] = lambda step: {},
 ) -> dict[str, Any]:
     """Trains from `start_step` to `total_steps` and returns the last record.
 
@@ -139,6 +140,7 @@ def train(
 
     Args:
         save: called on every worker after the step it is given; writes a checkpoint.
+        passes: how often a step has seen each source, by name, where they differ.
 
     Raises:
         TrainingError: on every worker at the same step, when the loss is not finite, too many rows are bad, or a checkpoint
@@ -153,7 +155,7 @@ def train(
             reporter.count(batch)
             due = step == total_steps or (checkpoints.every_steps is not None and step % checkpoints.every_steps == 0)
             if due or step % config.log_every_steps == 0:
-                record = reporter.report(step, batch, metrics)
+                record = reporter.report(step, batch, metrics, passes(step))
                 late = checkpoints.every_minutes is not None and time.monotonic() - saved_at > 60 * checkpoints.every_minutes
                 if first_ranks_object(due or late):
                     save(step)
@@ -221,7 +223,9 @@ class Reporter:
         self.measured.update(take_measured())
         self.bad += batch.bad
 
-    def report(self, step: int, batch: Batch, metrics: Mapping[str, Tensor | float]) -> dict[str, Any]:
+    def report(
+        self, step: int, batch: Batch, metrics: Mapping[str, Tensor | float], passes: Mapping[str, float]
+    ) -> dict[str, Any]:
         """The record of the steps since `restart`; its times are those of the worker that waited longest for data.
 
         Raises:
@@ -256,6 +260,7 @@ class Reporter:
             "train/decode_processes": processes,
             "train/decode_processes_lacking": more_processes(processes, times["decode"] / elapsed),
             "train/bad_rows": self.bad_rows,
+            **{f"epoch/{name}": done for name, done in passes.items()},
         }
         if self.log:
             quarantine(self.run.folder, bad)

@@ -126,17 +126,23 @@ def _results(run: Folder) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
 
 
 def _quarantine(run: Folder, config: Mapping[str, Any]) -> tuple[BadRows, ...]:
+    found: dict[str, list[dict[str, Any]]] = {"ingest": [], "training": _refused(run)}
+    for spec in _sources(config):  # ingest leaves its record beside the shards
+        parent, name = split(spec)
+        found["ingest"] += _refused(parent if name.startswith("manifest") or "*" in name else Folder(spec))
+    return tuple(BadRows(stage, tuple(rows)) for stage, rows in found.items() if rows)
+
+
+def _refused(place: Folder) -> list[dict[str, Any]]:
+    if not place.exists(QUARANTINE):
+        return []
+    return [json.loads(line) for line in place.read_text(QUARANTINE).splitlines() if line.strip()]
+
+
+def _sources(config: Mapping[str, Any]) -> list[str]:
+    """The paths in `data.train`."""
     data = config.get("data")
-    shards = data.get("train") if isinstance(data, Mapping) else None
-    # Ingest leaves its record beside the shards; the run's own lists what failed while training.
-    places = [("training", run)]
-    if isinstance(shards, str) and "*" not in shards:
-        parent, name = split(shards)
-        places.insert(0, ("ingest", parent if name.startswith("manifest") else Folder(shards)))
-    found = []
-    for stage, place in places:
-        if place.exists(QUARANTINE):
-            lines = place.read_text(QUARANTINE).splitlines()
-            if rows := tuple(json.loads(line) for line in lines if line.strip()):
-                found.append(BadRows(stage, rows))
-    return tuple(found)
+    train = data.get("train") if isinstance(data, Mapping) else None
+    if isinstance(train, Mapping):
+        return [source["path"] for source in train.values()]
+    return list(train) if isinstance(train, list) else [train] if train else []

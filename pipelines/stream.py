@@ -31,6 +31,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import Block, BlockMetadata
 
 from msclip.data.decode import Encoded, read_unit
+from msclip.data.mixture import Mixture
 from msclip.data.plan import Plan, Unit
 from msclip.data.shards import Manifest
 from msclip.errors import UserError
@@ -60,7 +61,7 @@ logger = logging.getLogger(__name__)
 class _Shared(NamedTuple):
     """What every task of a stream needs."""
 
-    manifest: Manifest
+    manifest: Manifest | Mixture
     seed: int
 
 
@@ -93,7 +94,7 @@ class _Units(NamedTuple):
 
 
 def ray_units(
-    manifest: Manifest,
+    manifest: Manifest | Mixture,
     plan: Plan,
     rank: int,
     world_size: int,

@@ -11,7 +11,7 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any
@@ -21,11 +21,9 @@ import yaml
 import msclip
 from msclip import checkpoint
 from msclip.convert.weights import Weights
-from msclip.data.captions import texts
 from msclip.data.images import Preprocess
-from msclip.data.parquet import read_row_group
+from msclip.data.mixture import Mixture, pinned
 from msclip.data.plan import Plan
-from msclip.data.shards import Manifest, pinned
 from msclip.data.tokenizer import Tokenizer
 from msclip.errors import TrainingError, UserError
 from msclip.storage import Folder
@@ -42,15 +40,22 @@ class Prepared:
 
     job: TrainJob
     run: str
-    manifest: Manifest
-    tokenizer: str
-    use_gpu: bool
+    data: Mixture
+    tokenizer: str = ""
+    use_gpu: bool = False
 
     @property
     def plan(self) -> Plan:
         """Which rows make up which global batch."""
         data, training = self.job.data, self.job.training
-        return Plan(self.manifest.sizes, training.global_batch, training.seed, lanes=data.lanes, window=data.window)
+        return Plan(
+            self.data.sizes,
+            training.global_batch,
+            training.seed,
+            lanes=data.lanes,
+            window=data.window,
+            portions=self.data.portions,
+        )
 
     @property
     def preprocess(self) -> Preprocess:
@@ -85,7 +90,7 @@ def new(arguments: list[str]) -> tuple[TrainJob, Weights | None]:
     if start is not None and job.tokenizer.source == "init":
         starting.tokenizer(start, job)  # that it has none shows before anything starts
     # As every node sees it, and as a later --resume does, from another place or after more data were added.
-    job = replace(job, data=replace(job.data, train=pinned(job.data.train) if job.data.train else ""))
+    job = replace(job, data=replace(job.data, train=pinned(job.data.train)))
     return (replace(job, init=Folder(source).url) if source is not None else job), start
 
 
@@ -110,10 +115,11 @@ def run(job: TrainJob, folder: Folder, resume: bool = False, start: Weights | No
         raise UserError(
             f"run.name {job.run.name!r} exists in {job.run.storage}; continue it with --resume {folder.url}, or choose another"
         )
-    manifest = Manifest.load(job.data.train, job.data.image_column, job.data.caption_column)
-    total = total_steps(job, manifest)
+    data = Mixture.load(job.data.train, job.data.image_column, job.data.caption_column)
     # Also builds what the workers will build, so that a mistake shows before any of them starts.
-    Prepared(job, folder.url, manifest, "", False).check()
+    prepared = Prepared(job, folder.url, data)
+    prepared.check()
+    total = total_steps(job, prepared.plan.rows)
     newest = checkpoint.newest(folder) if resume else None
     if newest and checkpoint.read_state(newest)["step"] >= total:
         print(f"nothing to do: {newest.url} is the last of {total:,} steps; raise training.epochs or training.steps to go on")
@@ -123,31 +129,27 @@ def run(job: TrainJob, folder: Folder, resume: bool = False, start: Weights | No
 
     with claimed(folder), session.cluster(job.cluster) as started:
         use_gpu = session.uses_gpu(job.cluster, started)
-        tokenizer = prepare_tokenizer(job, manifest, folder, resume, start)
+        tokenizer = prepare_tokenizer(job, data, folder, resume, start)
         if start is not None:
-            starting.write(start, job, tokenizer, Prepared(job, folder.url, manifest, "", False).preprocess, folder)
+            starting.write(start, job, tokenizer, prepared.preprocess, folder)
         if not resume:
             folder.write_text(CONFIG, yaml.safe_dump(plain(job), sort_keys=False))
-        prepared = Prepared(job, folder.url, manifest, tokenizer.to_json(), use_gpu)
+        prepared = replace(prepared, tokenizer=tokenizer.to_json(), use_gpu=use_gpu)
         print(
-            f"run {folder.url}: {manifest.rows:,} pairs, {total:,} steps of {job.training.global_batch:,}, "
+            f"run {folder.url}: {prepared.plan.rows:,} pairs, {total:,} steps of {job.training.global_batch:,}, "
             f"{job.cluster.num_workers} worker{'s' * (job.cluster.num_workers > 1)} on {'GPU' if use_gpu else 'CPU'}",
             flush=True,
         )
         return fit(prepared, folder, total)
 
 
-def total_steps(job: TrainJob, manifest: Manifest) -> int:
-    """Steps of the whole run.
+def total_steps(job: TrainJob, rows: int) -> int:
+    """Steps of the whole run over so many pairs an epoch.
 
     Raises:
-        UserError: too few rows for a batch, or too few steps to get past the warm-up.
+        UserError: too few steps to get past the warm-up.
     """
-    if manifest.rows < job.training.global_batch:
-        raise UserError(
-            f"training.global_batch must not exceed the {manifest.rows} rows of data.train, got {job.training.global_batch}"
-        )
-    total = job.training.total_steps(manifest.rows)
+    total = job.training.total_steps(rows)
     if job.optim.warmup_steps >= total:
         raise UserError(
             f"optim.warmup_steps must be less than the run's {total} steps, got {job.optim.warmup_steps}: the learning rate "
@@ -156,9 +158,7 @@ def total_steps(job: TrainJob, manifest: Manifest) -> int:
     return total
 
 
-def prepare_tokenizer(
-    job: TrainJob, manifest: Manifest, folder: Folder, resume: bool, start: Weights | None = None
-) -> Tokenizer:
+def prepare_tokenizer(job: TrainJob, data: Mixture, folder: Folder, resume: bool, start: Weights | None = None) -> Tokenizer:
     """The run's tokenizer, from its folder when it continues, from the file of the weights it starts with if so set."""
     context, vocabulary = job.model.context_length, job.model.vocab_size
     if resume and folder.exists(TOKENIZER):
@@ -166,7 +166,7 @@ def prepare_tokenizer(
     if job.tokenizer.source == "init":
         tokenizer = starting.tokenizer(start or starting.read((folder / starting.INIT).url), job)
     elif job.tokenizer.source == "train":
-        captions = itertools.islice(read_captions(manifest), CAPTIONS_FOR_TOKENIZER)
+        captions = itertools.islice(data.captions(), CAPTIONS_FOR_TOKENIZER)
         tokenizer = Tokenizer.train(captions, vocabulary, context)
     else:
         tokenizer = Tokenizer.load(job.tokenizer.source, context, job.tokenizer.truncation)
@@ -177,15 +177,6 @@ def prepare_tokenizer(
         )
     folder.write_text(TOKENIZER, tokenizer.to_json())
     return tokenizer
-
-
-def read_captions(manifest: Manifest) -> Iterator[str]:
-    """All captions, one row group at a time, without the images beside them."""
-    for group in manifest.row_groups:
-        file = manifest.shards[group.shard].file
-        column = read_row_group(manifest.folder, file, group.row_group, (manifest.caption_column,))[0]
-        for value in column.to_pylist():
-            yield from texts(value)
 
 
 def fit(prepared: Prepared, folder: Folder, total_steps: int) -> int:
@@ -264,6 +255,8 @@ def plain(value: Any) -> Any:
     """A config as YAML has it: mappings, lists and scalars."""
     if hasattr(value, "__dataclass_fields__"):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {name: plain(v) for name, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 

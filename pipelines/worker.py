@@ -30,7 +30,7 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
     """
     job, run = prepared.job, RayRun(Folder(prepared.run))
     training, optim = job.training, job.optim
-    total_steps = training.total_steps(prepared.manifest.rows)
+    total_steps = training.total_steps(prepared.plan.rows)
     newest = checkpoint.newest(run.folder)
     state = checkpoint.read_state(newest) if newest else {"step": 0}
     if newest:
@@ -70,6 +70,7 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
         "save": saver(prepared, run, engine, tokenizer),
         "accumulation_steps": optim.accumulation_steps,
         "max_bad_fraction": job.data.max_bad_fraction,
+        "passes": prepared.plan.passes,
     }
 
 
@@ -81,10 +82,10 @@ def read_tensors(newest: Folder, averaged: bool) -> tuple[dict[str, Any], dict[s
 def read_batches(prepared: Prepared, run: RayRun, start_step: int, total_steps: int) -> Batches:
     """This worker's share of every global batch, read by the cluster and decoded beside the worker."""
     data, place = prepared.job.data, (run.rank, run.world_size, start_step, total_steps)
-    manifest, plan = prepared.manifest, prepared.plan
-    recipe = Recipe.of(manifest, prepared.preprocess, data.augment, prepared.tokenizer, plan.seed)
+    sources, plan = prepared.data, prepared.plan
+    recipe = Recipe.of(sources, prepared.preprocess, data.augment, prepared.tokenizer, plan.seed)
     processes = data.decode_processes or max(1, cores() // run.local_world_size)
-    units = ray_units(manifest, plan, *place)
+    units = ray_units(sources, plan, *place)
     return Batches(plan, *place, units, recipe, processes=processes, prefetch=data.prefetch, device=run.device)
 
 
@@ -106,12 +107,15 @@ def check_same_data(prepared: Prepared, state: dict[str, Any], newest: Folder) -
 def identity(prepared: Prepared) -> dict[str, Any]:
     """What decides which rows a global batch holds."""
     plan = prepared.plan
+    lanes, windows, parts = zip(*((source.lanes, source.window, source.width) for source in plan.sources), strict=True)
+    several = len(plan.sources) > 1
     return {
-        "data": prepared.manifest.digest,
+        "data": prepared.data.digest,
         "training.global_batch": plan.global_batch,
         "training.seed": plan.seed,
-        "data.lanes": plan.lanes,
-        "data.window": plan.sources[0].window,
+        "data.lanes": list(lanes) if several else lanes[0],
+        "data.window": list(windows) if several else windows[0],
+        "rows of each source in a batch": list(parts) if several else None,
     }
 
 

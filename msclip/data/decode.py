@@ -24,6 +24,7 @@ from msclip.errors import UserError
 if TYPE_CHECKING:  # a decoding process needs these only to replace a bad row
     from jaxtyping import Int64, UInt8
 
+    from msclip.data.mixture import Mixture
     from msclip.data.plan import Unit
     from msclip.data.shards import Manifest
     from msclip.data.tokenizer import Tokenizer
@@ -64,7 +65,7 @@ class Encoded:
     """Of each row the one that is this epoch's turn."""
 
 
-def read_unit(manifest: Manifest, unit: Unit, seed: int) -> Encoded:
+def read_unit(manifest: Manifest | Mixture, unit: Unit, seed: int) -> Encoded:
     """Reads the rows of a unit.
 
     Raises:
@@ -159,14 +160,19 @@ class Recipe:
 
     @classmethod
     def of(
-        cls, manifest: Manifest, preprocess: Preprocess, augment: Augment | None, tokenizer: Tokenizer | str, seed: int
+        cls,
+        manifest: Manifest | Mixture,
+        preprocess: Preprocess,
+        augment: Augment | None,
+        tokenizer: Tokenizer | str,
+        seed: int,
     ) -> Recipe:
         """The recipe for these data; a tokenizer may be given as its JSON."""
         text = tokenizer if isinstance(tokenizer, str) else tokenizer.to_json()
         return cls(pickle.dumps(manifest), preprocess, augment, text, seed)
 
     @cached_property
-    def manifest(self) -> Manifest:
+    def manifest(self) -> Manifest | Mixture:
         return pickle.loads(self.pickled_manifest)
 
     @property
@@ -238,20 +244,20 @@ class Recipe:
             if not reason:
                 break
             reasons.append(reason)
-        shard = self.manifest.shards[where.shard].file
+        home, shard = self.manifest.home(group), self.manifest.shards[where.shard]
         if len(reasons) == where.rows:
             raise UserError(
-                f"no row of row group {where.row_group} of {self.manifest.folder.url}/{shard} can be used; row {offset}: "
+                f"no row of row group {where.row_group} of {home}/{shard.file} can be used; row {offset}: "
                 f"{reasons[0]}. Remove the file or ingest it again: ingest leaves bad rows out"
             )
         assert reasons, f"row {row} could not be decoded, and then could"
         key = table["key"][offset].as_py() if "key" in table.column_names else None
-        bad = BadRow(shard, where.row_group, offset, "" if key is None else str(key), reasons[0])
+        bad = BadRow(shard.file, where.row_group, offset, "" if key is None else str(key), reasons[0])
         turn = caption_turns(np.array([len(captions)]), self.seed, epoch, np.array([row]))[0]
         return Replaced(place, bad, captions[turn])
 
 
-def read_units(manifest: Manifest, units: Iterable[Unit], seed: int) -> Iterator[Encoded]:
+def read_units(manifest: Manifest | Mixture, units: Iterable[Unit], seed: int) -> Iterator[Encoded]:
     """Reads units in this process, in order."""
     for unit in units:
         yield read_unit(manifest, unit, seed)

@@ -25,6 +25,7 @@ from torch import Tensor
 from msclip.data.assembly import check_rows, pieces_of_batches, works_of_batch
 from msclip.data.decode import BadRow, Encoded, Recipe, Replaced
 from msclip.data.images import Augment
+from msclip.data.mixture import Sources
 from msclip.data.plan import Plan
 from msclip.data.pool import Decoder, Inline, Layout, Pool, Work
 from msclip.errors import UserError
@@ -42,8 +43,10 @@ _FILLING = 2
 class DataConfig:
     """Which pairs to train on, in what order, and how they are decoded."""
 
-    train: str = ""
-    """A folder of shards from `pipelines.ingest`, or a Parquet file, a glob or a folder of files; local or a URL."""
+    train: Sources = ""
+    """A folder of shards from `pipelines.ingest`, or a Parquet file, a glob or a folder of files; local or a URL. A list of
+    those for all their pairs together. Or sources by name, `{photos: {path: ..., weight: 2}, drawings: {path: ..., weight:
+    1}}`: with weights every batch has that part of each, and small ones repeat."""
     image_column: str = "image"
     """The column of encoded images: binary, or struct{bytes, path} as Hugging Face writes it."""
     caption_column: str = "captions"

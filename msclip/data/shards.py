@@ -223,6 +223,10 @@ class Manifest:
         """The index in `row_groups` of each row id."""
         return np.searchsorted(self._first_row, rows, side="right") - 1
 
+    def home(self, group: int) -> str:
+        """The folder in which the shard of a row group is named: its path or bucket, without what else a URL may hold."""
+        return self.folder.path
+
     def read(self, group: int, keep: bool = False) -> pa.Table:
         """The image, caption and, where there is one, key column of a row group; `keep` as in `read_row_group`.
 
