@@ -19,13 +19,14 @@ from torch import Tensor
 from msclip.data.loader import BadRow, Batch, Batches, Waits
 from msclip.distributed import all_gather_objects, any_rank, first_ranks_object
 from msclip.engine import Engine, MicroBatch, read_metrics
-from msclip.errors import TrainingError, UserError
+from msclip.errors import UserError
 from msclip.metrics_log import MetricsLog
+from msclip.quarantine import Quarantine
 from msclip.storage import Folder
 from msclip.timing import more_processes, take_measured
 from msclip.tokens import pack
 
-QUARANTINE, WAITING = "quarantine.jsonl", "waiting.json"
+WAITING = "waiting.json"
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def train(
     checkpoints: CheckpointConfig,
     save: Callable[[int], None],
     accumulation_steps: int = 1,
-    max_bad_fraction: float = 0.01,
+    max_bad_fraction: float = 0.05,
     passes: Callable[[int], Mapping[str, float]] = lambda step: {},
 ) -> dict[str, Any]:
     """Trains from `start_step` to `total_steps` and returns the last record.
@@ -158,8 +159,8 @@ def train(
                 record = reporter.report(step, batch, metrics, passes(step))
                 late = checkpoints.every_minutes is not None and time.monotonic() - saved_at > 60 * checkpoints.every_minutes
                 if first_ranks_object(due or late):
+                    reporter.flush()  # first, so that what a checkpoint has seen is on record
                     save(step)
-                    reporter.flush()
                     saved_at = time.monotonic()
                 reporter.restart()
     finally:
@@ -177,10 +178,10 @@ class Reporter:
     """
 
     def __init__(self, run: Run, global_batch: int, max_bad_fraction: float, start_step: int):
-        self.run, self.global_batch, self.max_bad_fraction = run, global_batch, max_bad_fraction
+        self.run, self.global_batch = run, global_batch
         self.log = MetricsLog(run.folder, start_step + 1) if run.rank == 0 else None
+        self.quarantine = Quarantine(run.folder, max_bad_fraction, writes=run.rank == 0)
         self.bad_rows = int(self.log.last.get("train/bad_rows", 0)) if self.log else 0
-        self.bad_here = self.read_here = 0  # since this start: what the share of bad rows is measured by
         self.processes = 0
         self.restart()
 
@@ -189,7 +190,7 @@ class Reporter:
         self.started, self.steps = time.perf_counter(), 0
         self.waits, self.measured = Waits(), Counter[str]()
         take_measured()  # a checkpoint's exchanges are no step's
-        self.bad: list[BadRow] = []
+        self.bad: list[tuple[int, BadRow]] = []
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, with what they were waited for counted. An error of one worker's batches is raised on all."""
@@ -221,7 +222,7 @@ class Reporter:
         """One more step, made with `batch`."""
         self.steps += 1
         self.measured.update(take_measured())
-        self.bad += batch.bad
+        self.bad += ((batch.step + 1, row) for row in batch.bad)
 
     def report(
         self, step: int, batch: Batch, metrics: Mapping[str, Tensor | float], passes: Mapping[str, float]
@@ -243,8 +244,6 @@ class Reporter:
         bad = [row for report in reports for row in report["bad"]]
         # Rank 0 alone knows of the rows before a resumption.
         self.bad_rows = reports[0]["bad_rows"] + len(bad)
-        self.bad_here += len(bad)
-        self.read_here += self.steps * self.global_batch
         times = max((report["times"] for report in reports), key=lambda each: sum(each[name] for name in Waits._fields))
         waited = sum(times[name] for name in Waits._fields) / elapsed
         processes = sum(report["processes"] for report in reports)
@@ -263,16 +262,8 @@ class Reporter:
             **{f"epoch/{name}": done for name, done in passes.items()},
         }
         if self.log:
-            quarantine(self.run.folder, bad)
             self.log.write(record)
-        if self.bad_here > self.max_bad_fraction * max(1000, self.read_here):
-            worst, _ = Counter(row.shard for row in bad).most_common(1)[0] if bad else ("earlier shards", 0)
-            raise TrainingError(
-                f"{self.bad_here} of {self.read_here} rows read so far could not be used, more than "
-                f"data.max_bad_fraction {self.max_bad_fraction} allows; most of the latest are in {worst}. "
-                f"{self.run.folder.url}/{QUARANTINE} lists each with its reason. Repair or remove them, or raise the limit, "
-                "and continue with --resume"
-            )
+        self.quarantine.add(bad, self.steps * self.global_batch)
         return record
 
     def times(self, elapsed: float) -> dict[str, float]:
@@ -281,23 +272,16 @@ class Reporter:
         return known | {"compute": max(0.0, elapsed - sum(known.values()))}
 
     def flush(self) -> None:
-        """Makes the log visible to others."""
+        """Makes the log and the quarantine visible to others."""
+        self.quarantine.write()
         if self.log:
             self.log.flush()
 
     def close(self) -> None:
-        """Ends the log."""
+        """Ends the log and the quarantine."""
+        self.quarantine.write()
         if self.log:
             self.log.close()
-
-
-def quarantine(folder: Folder, bad: Sequence[BadRow]) -> None:
-    """Adds rows to the run's quarantine, each once."""
-    if not bad:
-        return
-    known = folder.read_text(QUARANTINE).splitlines() if folder.exists(QUARANTINE) else []
-    lines = dict.fromkeys([*known, *(row.to_json() for row in bad)])
-    folder.write_text(QUARANTINE, "\n".join(lines) + "\n")
 
 
 def agree(action: Callable[[], Any]) -> Any:

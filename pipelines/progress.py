@@ -86,6 +86,8 @@ class Progress:
             f"temperature {last['train/temperature']:.1f}  {last['train/pairs_per_second']:,.0f} pairs/s  "
             f"data wait {last['train/data_wait']:.0%}  {bottleneck(last)}"
         )
+        if last["train/bad_rows"]:
+            text += f"  bad rows {last['train/bad_rows']:,}"
         if self.terminal:
             self.bar.update(self.task, completed=last["step"], description=text)
             return

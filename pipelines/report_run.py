@@ -9,12 +9,12 @@ import numpy as np
 import yaml
 from jaxtyping import Float
 
-from msclip import checkpoint, metrics_log
+from msclip import checkpoint, metrics_log, quarantine
 from msclip.data.parquet import split
 from msclip.errors import UserError
 from msclip.storage import Folder
 
-CONFIG, QUARANTINE, EVALUATION = "config.yaml", "quarantine.jsonl", "evaluation"
+CONFIG, INGEST_QUARANTINE, EVALUATION = "config.yaml", "quarantine.jsonl", "evaluation"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class BadRows:
     """The bad rows that one stage of the pipeline recorded."""
 
     stage: str
-    """"ingest" or "training"."""
+    """In the words of the page: "ingest", "training", ..."""
     rows: tuple[dict[str, Any], ...]
     """As recorded: shard, row, reason and what else there is."""
 
@@ -126,17 +126,18 @@ def _results(run: Folder) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
 
 
 def _quarantine(run: Folder, config: Mapping[str, Any]) -> tuple[BadRows, ...]:
-    found: dict[str, list[dict[str, Any]]] = {"ingest": [], "training": _refused(run)}
+    ingest: list[dict[str, Any]] = []
     for spec in _sources(config):  # ingest leaves its record beside the shards
         parent, name = split(spec)
-        found["ingest"] += _refused(parent if name.startswith("manifest") or "*" in name else Folder(spec))
-    return tuple(BadRows(stage, tuple(rows)) for stage, rows in found.items() if rows)
-
-
-def _refused(place: Folder) -> list[dict[str, Any]]:
-    if not place.exists(QUARANTINE):
-        return []
-    return [json.loads(line) for line in place.read_text(QUARANTINE).splitlines() if line.strip()]
+        place = parent if name.startswith("manifest") or "*" in name else Folder(spec)
+        if place.exists(INGEST_QUARANTINE):
+            ingest += (json.loads(line) for line in place.read_text(INGEST_QUARANTINE).splitlines() if line.strip())
+    stages = {
+        "ingest": ingest,
+        "training": quarantine.read(run).to_pylist(),
+        "earlier runs, left out of this one": quarantine.read_skipped(run).to_pylist(),
+    }
+    return tuple(BadRows(stage, tuple(rows)) for stage, rows in stages.items() if rows)
 
 
 def _sources(config: Mapping[str, Any]) -> list[str]:

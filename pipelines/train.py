@@ -16,10 +16,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import yaml
+from jaxtyping import Int64
 
 import msclip
-from msclip import checkpoint
+from msclip import checkpoint, quarantine
 from msclip.convert.weights import Weights
 from msclip.data.images import Preprocess
 from msclip.data.mixture import Mixture, pinned
@@ -41,6 +44,8 @@ class Prepared:
     job: TrainJob
     run: str
     data: Mixture
+    skip: Int64[np.ndarray, " rows"]
+    """Ids of the rows that are left out."""
     tokenizer: str = ""
     use_gpu: bool = False
 
@@ -55,6 +60,7 @@ class Prepared:
             lanes=data.lanes,
             window=data.window,
             portions=self.data.portions,
+            skip=self.skip,
         )
 
     @property
@@ -90,7 +96,9 @@ def new(arguments: list[str]) -> tuple[TrainJob, Weights | None]:
     if start is not None and job.tokenizer.source == "init":
         starting.tokenizer(start, job)  # that it has none shows before anything starts
     # As every node sees it, and as a later --resume does, from another place or after more data were added.
-    job = replace(job, data=replace(job.data, train=pinned(job.data.train)))
+    earlier = job.data.skip_quarantined
+    earlier = Folder(earlier).url if earlier else None
+    job = replace(job, data=replace(job.data, train=pinned(job.data.train), skip_quarantined=earlier))
     return (replace(job, init=Folder(source).url) if source is not None else job), start
 
 
@@ -100,11 +108,16 @@ def resumed(resume: str, arguments: list[str]) -> tuple[TrainJob, Folder]:
     if not folder.exists(CONFIG):
         raise UserError(f"--resume must be the folder of a run, got {resume!r}, which has no {CONFIG}")
     saved = folder.read_text(CONFIG)
-    job = cli.parse(TrainJob, arguments, prog="train", defaults=saved)
-    if job.init != (yaml.safe_load(saved) or {}).get("init"):
+    job, was = cli.parse(TrainJob, arguments, prog="train", defaults=saved), yaml.safe_load(saved) or {}
+    if job.init != was.get("init"):
         raise UserError(
             f"init is for new runs, and {folder.url} goes on from its own checkpoints; leave out --init {job.init}, or leave "
             "out --resume and choose another run.name"
+        )
+    if job.data.skip_quarantined != was.get("data", {}).get("skip_quarantined"):
+        raise UserError(
+            f"data.skip_quarantined is for new runs, and {folder.url} goes on in the order of rows that it began; leave out "
+            f"--data.skip_quarantined {job.data.skip_quarantined}, or leave out --resume and choose another run.name"
         )
     return job, folder
 
@@ -116,8 +129,9 @@ def run(job: TrainJob, folder: Folder, resume: bool = False, start: Weights | No
             f"run.name {job.run.name!r} exists in {job.run.storage}; continue it with --resume {folder.url}, or choose another"
         )
     data = Mixture.load(job.data.train, job.data.image_column, job.data.caption_column)
+    skipped = rows_to_skip(job, data, folder, resume)
     # Also builds what the workers will build, so that a mistake shows before any of them starts.
-    prepared = Prepared(job, folder.url, data)
+    prepared = Prepared(job, folder.url, data, quarantine.row_ids(skipped, data))
     prepared.check()
     total = total_steps(job, prepared.plan.rows)
     newest = checkpoint.newest(folder) if resume else None
@@ -133,6 +147,8 @@ def run(job: TrainJob, folder: Folder, resume: bool = False, start: Weights | No
         if start is not None:
             starting.write(start, job, tokenizer, prepared.preprocess, folder)
         if not resume:
+            if skipped:
+                quarantine.write_skipped(folder, skipped)
             folder.write_text(CONFIG, yaml.safe_dump(plain(job), sort_keys=False))
         prepared = replace(prepared, tokenizer=tokenizer.to_json(), use_gpu=use_gpu)
         print(
@@ -141,6 +157,20 @@ def run(job: TrainJob, folder: Folder, resume: bool = False, start: Weights | No
             flush=True,
         )
         return fit(prepared, folder, total)
+
+
+def rows_to_skip(job: TrainJob, data: Mixture, folder: Folder, resume: bool) -> pa.Table | None:
+    """The rows that an earlier run quarantined and this one leaves out, `None` if it was not asked to; once it has begun,
+    those that it has left out."""
+    earlier = job.data.skip_quarantined
+    if earlier is None:
+        return None
+    if resume:
+        return quarantine.read_skipped(folder)
+    rows, elsewhere = quarantine.skippable(earlier, data)
+    note = f"; {elsewhere:,} more are of shards that have changed or are not in data.train" if elsewhere else ""
+    print(f"leaving out {len(rows):,} rows that {earlier} could not use{note}", flush=True)
+    return rows
 
 
 def total_steps(job: TrainJob, rows: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import msclip
-from msclip import checkpoint
+from msclip import checkpoint, quarantine
 from msclip.data.decode import Recipe
 from msclip.data.loader import Batches
 from msclip.data.pool import cores
@@ -116,6 +116,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "data.lanes": list(lanes) if several else lanes[0],
         "data.window": list(windows) if several else windows[0],
         "rows of each source in a batch": list(parts) if several else None,
+        "data.skip_quarantined": quarantine.digest(prepared.skip),
     }
 
 

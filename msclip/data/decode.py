@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,17 +37,18 @@ _AUGMENT, _CAPTION = 2, 3
 class BadRow:
     """A row that could not be used. Another row of its row group took its place."""
 
+    source: str
+    """The folder of shards, as `Manifest.home` has it."""
     shard: str
-    """File name inside the data's folder."""
+    """File name inside it."""
+    shard_bytes: int
+    """Size of that file."""
     row_group: int
     row: int
     """Position inside the row group."""
     key: str
     """Empty where the data have no key column."""
     reason: str
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +253,8 @@ class Recipe:
             )
         assert reasons, f"row {row} could not be decoded, and then could"
         key = table["key"][offset].as_py() if "key" in table.column_names else None
-        bad = BadRow(shard.file, where.row_group, offset, "" if key is None else str(key), reasons[0])
+        key = "" if key is None else str(key)
+        bad = BadRow(home, shard.file, shard.size, where.row_group, offset, key, reasons[0])
         turn = caption_turns(np.array([len(captions)]), self.seed, epoch, np.array([row]))[0]
         return Replaced(place, bad, captions[turn])
 

@@ -59,9 +59,11 @@ class DataConfig:
     1. More mix better where neighbours in the shards are alike; every row group is then read up to this many times."""
     augment: Augment = field(default_factory=Augment)
     """How training images are varied."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = 0.05
     """Training stops when more than this share of the rows read so far could not be used; the first thousand may have as many
     as a thousand."""
+    skip_quarantined: str | None = None
+    """The folder of an earlier run: the rows that it could not use are left out from the start. Null: they are met again."""
     decode_processes: int | None = None
     """Processes that decode beside each training worker; null for one a core of its node, shared among the node's workers.
     They take what time training leaves."""

@@ -64,7 +64,8 @@ def run_to(folder: Path, manifest: Manifest, steps: int = STEPS, **changes: Any)
 
     batches = Batches(plan, 0, 1, start, steps, units, recipe)
     every = CheckpointConfig(every_steps=EVERY, every_minutes=None)
-    return train(run, engine, batches, start_step=start, total_steps=steps, config=config, checkpoints=every, save=save)
+    settings: dict[str, Any] = {"config": config, "checkpoints": every, "save": save, "max_bad_fraction": 0.01}
+    return train(run, engine, batches, start_step=start, total_steps=steps, **settings)
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
@@ -99,7 +100,7 @@ def test_too_many_bad_rows_stop_the_run_and_are_listed(tmp_path: Path) -> None:
     pq.write_table(table.set_column(table.schema.get_field_index("image"), "image", pa.array(images)), path)
     with pytest.raises(msclip.TrainingError, match="max_bad_fraction"):
         run_to(tmp_path / "run", Manifest.load(str(path)))
-    rows = [json.loads(line) for line in Folder(tmp_path / "run").read_text("quarantine.jsonl").splitlines()]
+    rows = pq.read_table(tmp_path / "run" / "quarantine").to_pylist()
     assert {row["reason"] for row in rows} == {"not an image"}
     assert all(row["row"] % 4 == 0 for row in rows)
 

@@ -10,9 +10,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from msclip.data.decode import BadRow
 from msclip.errors import UserError
 from msclip.eval import Task, evaluate_checkpoint
 from msclip.eval.results import write_result
+from msclip.quarantine import Quarantine, read, write_skipped
 from msclip.storage import Folder
 from pipelines import report
 from pipelines.report_gallery import THUMBNAIL, Found, Gallery, Query, thumbnail
@@ -63,9 +65,10 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tiny_run(folder, steps=(50, 100))
     write_metrics(run)
     run.write_text("config.yaml", yaml.safe_dump({"training": {"global_batch": BATCH, "zero_stage": 2}}))
-    rows = [{"shard": f"part-{i % 2}", "row_group": 0, "row": i, "key": f"<k{i}>", "reason": "truncated"} for i in range(30)]
-    rows[0]["reason"] = "not an image"
-    run.write_text("quarantine.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    record = Quarantine(run, most=1)
+    for i in range(30):
+        record.add([(i, BadRow("/data", f"part-{i % 2}", 9, 0, i, f"<k{i}>", "truncated" if i else "not an image"))], 1)
+    record.write()
     data = captioned(folder.parent / "val.parquet", [[f"picture <b>{i}</b>", f"number {i}"] for i in range(12)])
     task = Task(name="val", kind="retrieval", data=str(data))
     for step in (50, 100):
@@ -171,6 +174,21 @@ def test_bad_rows_of_ingest_are_found_beside_the_shards(tmp_path: Path, data: st
     run.write_text("config.yaml", yaml.safe_dump({"data": {"train": str(tmp_path / data)}}))
     Folder(tmp_path / "shards").write_text("quarantine.jsonl", '{"shard": "a.csv", "row": 3, "reason": "empty file"}\n')
     assert "1 in ingest" in write_page(tmp_path / "run")
+
+
+def test_rows_that_a_run_left_out_and_bad_rows_of_several_ingests_are_shown(tmp_path: Path) -> None:
+    run = Folder(tmp_path / "run")
+    write_metrics(run)
+    sources = {name: {"path": str(tmp_path / name), "weight": 1} for name in ("one", "two")}
+    run.write_text("config.yaml", yaml.safe_dump({"data": {"train": sources}}))
+    for name in sources:
+        Folder(tmp_path / name).write_text("quarantine.jsonl", f'{{"shard": "{name}.csv", "row": 3, "reason": "empty file"}}\n')
+    earlier = Quarantine(Folder(tmp_path / "earlier"), most=1)
+    earlier.add([(1, BadRow("/data", "a.parquet", 9, 0, 5, "", "no image"))], 1)
+    write_skipped(run, read(Folder(tmp_path / "earlier")))
+    page = write_page(tmp_path / "run")
+    assert "2 in ingest" in page
+    assert "1 in earlier runs, left out of this one" in page
 
 
 def test_facts_follow_from_the_records(whole_run: Path) -> None:
