@@ -6,7 +6,7 @@ through these names.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -102,8 +102,8 @@ def to_state_dict(model: Model) -> dict[str, Tensor]:
 def infer_config(state_dict: Mapping[str, Tensor]) -> ModelConfig:
     """The architecture that the shapes of a state dict imply.
 
-    Head counts are not in the shapes: 64 channels a head are assumed, as in every released model. Of two models without stem
-    and branch that share differently, the one is taken whose shared tensors agree.
+    Head counts are not in the shapes: 64 channels a head are assumed, as in every released model; nor is the patch size of a
+    stem without branch, for which 32 is. Of two models that share differently, the one is taken whose shared tensors agree.
 
     Raises:
         UserError: these are no names and shapes of such a model.
@@ -161,7 +161,7 @@ def _transformer(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_heads": max(1, width // 64),
         "stem": stem,
         "branch_layers": _default_branch_layers(layers) if branch is not None else (),
-        "sharing": Sharing(layers=f"last:{layers - 1}") if stem else agreeing(state),
+        "sharing": agreeing(state),
     }
 
 
@@ -189,7 +189,7 @@ def _default_branch_layers(layers: int) -> tuple[int, ...]:
 
 
 def agreeing(state: Mapping[str, Tensor]) -> Sharing:
-    """The sharing that two plain towers show: the parts whose image and text copies hold the same numbers.
+    """The sharing that two towers show: the parts whose image and text copies hold the same numbers.
 
     A LayerNorm that still is the identity says nothing and counts as the modality's own.
     """
@@ -209,21 +209,32 @@ def agreeing(state: Mapping[str, Tensor]) -> Sharing:
     layers = range(min(_depth(state, "visual."), _depth(state, "")))
     attn = {i for i in layers if same(*block(i, "attn.in_proj_weight"))}
     ffn = {i for i in layers if same(*block(i, "mlp.c_fc.weight"))}
-    chosen = attn & ffn if attn and ffn else attn | ffn
+    ln1, ln2 = ({i for i in layers if same_norm(*block(i, name))} for name in ("ln_1", "ln_2"))
+
+    def common(a: set[int], b: set[int]) -> set[int]:
+        return a & b if a and b else a | b
+
+    chosen = common(attn, ffn) or common(ln1, ln2)
     ends = replace(
         SEPARATE, final_norm=same_norm("visual.ln_post", "ln_final"), out_proj=same("visual.proj", "text_projection")
     )
     if not chosen:
         return ends
-    depth = max(_depth(state, "visual."), _depth(state, ""))
     return replace(
         ends,
-        layers="all" if len(chosen) == depth else ",".join(map(str, sorted(chosen))),
+        layers=_named(chosen, max(_depth(state, "visual."), _depth(state, ""))),
         attn=chosen <= attn,
         ffn=chosen <= ffn,
-        ln1=all(same_norm(*block(i, "ln_1")) for i in chosen),
-        ln2=all(same_norm(*block(i, "ln_2")) for i in chosen),
+        ln1=chosen <= ln1,
+        ln2=chosen <= ln2,
     )
+
+
+def _named(layers: Set[int], depth: int) -> str:
+    """Layers in the words of `Sharing.layers`, the shortest that there are."""
+    if len(layers) == depth:
+        return "all"
+    return f"last:{len(layers)}" if min(layers) == depth - len(layers) else ",".join(map(str, sorted(layers)))
 
 
 def from_state_dict(state_dict: Mapping[str, Tensor], **overrides: Any) -> Model:

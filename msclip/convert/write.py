@@ -16,6 +16,7 @@ from msclip.convert import huggingface, ms_clip, open_clip, openai
 from msclip.convert.weights import Layout, Weights, require_implied, require_settings
 from msclip.data.images import Preprocess
 from msclip.errors import UserError
+from msclip.model import build
 
 MS_CLIP_IMPLIED = {"norm_eps": 1e-12, "activation": "quick_gelu"}
 
@@ -72,8 +73,21 @@ def _ms_clip(weights: Weights) -> dict[str, Tensor]:
             "the ms_clip layout is for models with a stem or with sharing, and this one has neither: read back, it would be "
             "taken for another program's. --to openai, open_clip and huggingface hold models like it"
         )
+    if config.stem and not config.branch_layers and config.patch_size != 32:
+        raise UserError(
+            "the ms_clip layout holds tensors alone, and those of a stem are the same for every patch size: without a branch, "
+            f"whose tensors tell it, model.patch_size 32 would be read instead of {config.patch_size}. --to msclip holds "
+            "every model"
+        )
     require_implied(weights, "ms_clip", MS_CLIP_IMPLIED, Preprocess())
-    return ms_clip.to_state_dict(weights.model)
+    tensors = ms_clip.to_state_dict(weights.model)
+    told = ms_clip.infer_config(tensors)
+    if build(told, device="meta").state_dict().keys() != weights.model.state_dict().keys():
+        raise UserError(
+            "the ms_clip layout holds tensors alone: equal copies tell what is shared, of a LayerNorm once trained. Those "
+            f"of this model would tell {told.sharing}, and it has {config.sharing}. --to msclip holds every model"
+        )
+    return tensors
 
 
 def _save(tensors: dict[str, Tensor], target: Path) -> None:

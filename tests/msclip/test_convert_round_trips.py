@@ -17,7 +17,7 @@ from msclip.convert.weights import CLIP_MEAN, CLIP_STD, Layout, Weights
 from msclip.convert.write import write
 from msclip.data.images import Preprocess
 from msclip.presets import preset
-from msclip.sharing import Sharing
+from msclip.sharing import SEPARATE, Sharing
 from tests.msclip.tiny_models import RESNET, equal, tiny, tokenizer
 
 # The counts of OpenAI's nine files.
@@ -33,6 +33,7 @@ KEYS = {
     "clip_rn50x64": 1353,
 }
 PARTLY = Sharing(layers="last:2", ln2=True, out_proj=True)
+STEM: dict[str, Any] = {"stem": True, "patch_size": 32, "image_size": 64}
 BRANCHED: dict[str, Any] = {"layers": 6, "branch_layers": (1, 2, 3, 4, 5), "norm_eps": 1e-12, "sharing": Sharing("1,2")}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -83,9 +84,28 @@ def test_a_model_comes_back_from_the_layout_of_openai(tmp_path: Path, name: str)
     assert after.preprocess == before.preprocess
 
 
-@pytest.mark.parametrize("changes", [{"sharing": PARTLY}, {"sharing": Sharing()}])
-def test_a_model_that_shares_comes_back_from_the_official_layout(tmp_path: Path, changes: dict[str, Any]) -> None:
-    before = replace(weights(tiny(norm_eps=1e-12, **changes)), preprocess=Preprocess(32))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sharing": PARTLY},
+        {"sharing": Sharing()},
+        {"sharing": Sharing(attn=False, ffn=False, ln1=True)},
+        *(
+            {**kind, "sharing": sharing}
+            for kind in (STEM, BRANCHED | {"stem": True, "text_layers": 6})
+            for sharing in (
+                SEPARATE,
+                Sharing("last:2"),
+                Sharing("1,2", attn=False, ln2=True),
+                Sharing("1", ffn=False, ln1=True, final_norm=True, out_proj=True),
+                Sharing("none", out_proj=True),
+            )
+        ),
+    ],
+)
+def test_a_model_comes_back_from_the_official_layout_however_much_it_shares(tmp_path: Path, changes: dict[str, Any]) -> None:
+    before = weights(tiny(**{"norm_eps": 1e-12, **changes}))
+    before = replace(before, preprocess=Preprocess(before.model.config.image_size))
     write(before, tmp_path / "there.pt", "ms_clip")
     after = read(tmp_path / "there.pt")
     assert after.layout == "ms_clip"
@@ -157,6 +177,7 @@ def test_settings_that_change_no_embedding_do_not_stand_in_the_way(tmp_path: Pat
         (RESNET, "ms_clip", "neither"),
         ({"sharing": Sharing(), "parallel_ffn": ParallelFFN("after")}, "huggingface", "parallel_ffn"),
         ({**BRANCHED, "adapter_bn": "after_pw"}, "ms_clip", "adapter_bn after_pw"),
+        ({**STEM, "norm_eps": 1e-12, "patch_size": 16}, "ms_clip", r"without a branch.*model\.patch_size 32 .* instead of 16"),
         ({"causal": False}, "open_clip", "causal False"),
     ],
 )
@@ -166,6 +187,12 @@ def test_what_a_layout_cannot_hold_is_refused_with_the_reason(
     with pytest.raises(msclip.UserError, match=reason):
         write(weights(tiny(**changes)), tmp_path / "there", layout)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sharing_that_equal_copies_do_not_tell_is_refused_where_nothing_else_tells_it(tmp_path: Path) -> None:
+    fresh = msclip.build(tiny(norm_eps=1e-12, sharing=Sharing(ln1=True)).config)  # its norms still are the identity
+    with pytest.raises(msclip.UserError, match=r"once trained.*ln1=False.*ln1=True"):
+        write(replace(weights(fresh), preprocess=Preprocess(32)), tmp_path / "there", "ms_clip")
 
 
 def test_a_layout_of_tensors_alone_is_refused_a_normalisation_of_its_own(tmp_path: Path) -> None:
