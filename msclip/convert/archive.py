@@ -25,6 +25,7 @@ from msclip.errors import UserError
 Kind = Literal["safetensors", "pickle", "torchscript"]
 WRAPPERS = ("state_dict", "model", "model_state_dict")
 """Where training checkpoints of other programs keep the model's tensors."""
+MARK = "msclip"
 STORAGE_TYPES = {
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -46,7 +47,7 @@ class Archive:
     kind: Kind
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
-    """The header of a safetensors file."""
+    """The header of a safetensors file; of a pickled state dict, what msclip said beside the tensors."""
 
 
 def read_metadata(file: Path) -> dict[str, str] | None:
@@ -76,7 +77,8 @@ def read_archive(file: Path) -> Archive:
         return Archive(kind, _checked(load_file(file), file), metadata)
     if kind == "torchscript":
         return Archive(kind, _checked(_read_torchscript(file), file))
-    return Archive(kind, _checked(_unwrapped(_read_pickle(file), file), file))
+    value = _read_pickle(file)
+    return Archive(kind, _checked(_unwrapped(value, file), file), _said(value))
 
 
 def _kind(file: Path) -> Kind:
@@ -121,6 +123,19 @@ def _read_pickle(file: Path) -> Any:
     except Exception as error:  # hostile bytes meet the unpickler with errors of many types
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{file} is not a readable PyTorch file (damaged or cut short?): {reason}") from None
+
+
+def marked(tensors: Mapping[str, Tensor], **said: str) -> OrderedDict[str, Tensor]:
+    """A state dict that says something of itself, where PyTorch keeps versions of modules: to others it stays a state dict."""
+    state = OrderedDict(tensors)
+    vars(state)["_metadata"] = {MARK: said}
+    return state
+
+
+def _said(value: Any) -> dict[str, str]:
+    modules = getattr(value, "_metadata", None)
+    said = modules.get(MARK) if isinstance(modules, Mapping) else None
+    return {str(name): str(text) for name, text in said.items()} if isinstance(said, Mapping) else {}
 
 
 def _unwrapped(value: Any, file: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from msclip.errors import UserError
 from msclip.model import Model, build
 from msclip.sharing import SEPARATE, Sharing
 
+NORM_EPS = ModelConfig.norm_eps
+"""Of official MS-CLIP, and of no other program's models."""
 SCALARS = ("logit_scale", "logit_bias")
 PREFIX = {"image": "visual.", "text": ""}
 # Ours -> official, for what is not inside a transformer block. Order matters only for readability.

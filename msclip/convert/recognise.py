@@ -1,7 +1,8 @@
 """Which of the known layouts a file or folder has, by its contents; its name and ending say nothing.
 
-A lone state dict of two plain towers is OpenAI's where it has OpenAI's marks, MS-CLIP's where towers share, and taken for
-open_clip's otherwise: then its activation has to be said.
+A stem or a branch is official MS-CLIP's alone. A lone state dict of two plain towers is OpenAI's where it has OpenAI's marks
+and MS-CLIP's where it has ours, and taken for open_clip's otherwise: then its activation has to be said. That its towers share
+tells nothing, because any model that only shares can be written in every layout.
 """
 
 import json
@@ -11,6 +12,7 @@ from typing import Any
 
 from msclip.convert import huggingface, ms_clip, open_clip, openai
 from msclip.convert.archive import Archive, read_archive
+from msclip.convert.ms_clip import NORM_EPS
 from msclip.convert.weights import Weights
 from msclip.data.images import Preprocess
 from msclip.data.tokenizer import Tokenizer
@@ -57,14 +59,23 @@ def read(path: Path, overrides: Mapping[str, Any]) -> Weights:
 
 def _read_lone(archive: Archive, overrides: Mapping[str, Any]) -> Weights:
     tensors = archive.tensors
-    if any(name.startswith("visual.transformer.resblocks.0.conv1.") or ".parallel_branch_v." in name for name in tensors):
+    own = any(name.startswith("visual.transformer.resblocks.0.conv1.") or ".parallel_branch_v." in name for name in tensors)
+    if own or archive.metadata.get("layout") == "ms_clip":
         return _read_ms_clip(archive, overrides)
     if archive.kind == "torchscript" or openai.recognise(tensors):
         return openai.read(tensors, overrides)
     if open_clip.recognise(tensors):
         return open_clip.read(tensors, None, overrides)
-    if "visual.class_embedding" in tensors and ms_clip.agreeing(tensors).anything:
+    shares = "visual.class_embedding" in tensors and ms_clip.agreeing(tensors).anything
+    if shares and overrides.get("norm_eps") == NORM_EPS:
         return _read_ms_clip(archive, overrides)
+    if shares and "activation" not in overrides:
+        raise UserError(
+            "its two towers share, and nothing in it tells whose they are; with the wrong activation, epsilon and pixels all "
+            'features would be wrong. Of a model for open_clip say activation="gelu" or "quick_gelu" to msclip.load, or '
+            "--activation to the commands (training: --model.activation); of official MS-CLIP without stem and branch, "
+            f"norm_eps={NORM_EPS:g} to msclip.load"
+        )
     if "token_embedding.weight" in tensors:
         return open_clip.read(tensors, None, overrides)
     raise UserError(

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from msclip.checkpoint import export
 from msclip.convert import huggingface, ms_clip, open_clip, openai
+from msclip.convert.archive import marked
 from msclip.convert.weights import Layout, Weights, require_implied, require_settings
 from msclip.data.images import Preprocess
 from msclip.errors import UserError
 from msclip.model import build
 
-MS_CLIP_IMPLIED = {"norm_eps": 1e-12, "activation": "quick_gelu"}
+MS_CLIP_IMPLIED = {"norm_eps": ms_clip.NORM_EPS, "activation": "quick_gelu"}
 
 
 def write(weights: Weights, path: Path, layout: Layout) -> None:
@@ -51,7 +52,7 @@ def _write(weights: Weights, target: Path, layout: Layout) -> None:
             raise UserError("an msclip export holds its tokenizer, and the input has none; name it with --tokenizer")
         export(target, weights.model.state_dict(), config, weights.tokenizer, weights.preprocess, {"from": weights.layout})
     elif layout == "ms_clip":
-        _save(_ms_clip(weights), target)
+        _save(marked(_ms_clip(weights), layout="ms_clip"), target)
     elif layout == "openai":
         _save(openai.write(weights), target)
     elif layout == "open_clip":
@@ -91,7 +92,9 @@ def _ms_clip(weights: Weights) -> dict[str, Tensor]:
 
 
 def _save(tensors: dict[str, Tensor], target: Path) -> None:
-    torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, target)
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.detach().cpu().contiguous()
+    torch.save(tensors, target)
 
 
 def _save_folder(target: Path, files: dict[str, dict[str, Any]], tensors: dict[str, Tensor], name: str) -> None:

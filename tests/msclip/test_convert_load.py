@@ -109,11 +109,23 @@ def test_a_lone_file_of_two_plain_towers_has_to_be_told_its_activation(tmp_path:
 
 
 def test_the_weights_of_an_open_clip_folder_are_read_with_the_configuration_beside_them(tmp_path: Path) -> None:
-    model = tiny(sharing=Sharing(), activation="gelu", norm_eps=1e-6)  # alone it would be taken for official MS-CLIP
+    model = tiny(sharing=Sharing(), activation="gelu", norm_eps=1e-6)
     write(weights(model), tmp_path / "there", "open_clip")
     found = read(tmp_path / "there" / "open_clip_model.safetensors")
     assert found.layout == "open_clip"
     assert (found.model.config.activation, found.model.config.norm_eps) == ("gelu", 1e-6)
+
+
+def test_towers_that_share_do_not_tell_whose_they_are(tmp_path: Path) -> None:
+    model = tiny(sharing=Sharing(), activation="gelu")
+    write(weights(model), tmp_path / "there", "open_clip")
+    alone = (tmp_path / "there" / "open_clip_model.safetensors").rename(tmp_path / "alone")
+    with pytest.raises(msclip.UserError, match=r'towers share.*activation="gelu" or "quick_gelu".*norm_eps=1e-12'):
+        read(alone)
+    found = read(alone, {"activation": "gelu"})
+    assert (found.layout, found.preprocess) == ("open_clip", Preprocess(32, CLIP_MEAN, CLIP_STD))
+    assert (found.model.config.activation, found.model.config.norm_eps) == ("gelu", 1e-5)
+    assert equal(found.model, model)
 
 
 def test_a_sigmoid_models_bias_is_read_whether_it_is_a_number_or_a_vector_of_one(tmp_path: Path) -> None:
@@ -132,11 +144,17 @@ def test_heads_of_vit_h_are_eighty_channels_wide(tmp_path: Path) -> None:
     assert read(tmp_path / "x", {"activation": "gelu"}).model.config.num_heads == 16
 
 
-def test_two_towers_that_share_are_ms_clip_with_its_own_preprocessing_and_truncation(tmp_path: Path) -> None:
-    torch.save(to_state_dict(tiny(norm_eps=1e-12, sharing=Sharing())), tmp_path / "x")
+def test_ms_clip_without_stem_and_branch_is_told_by_our_mark_or_its_epsilon_and_has_its_own_preprocessing(
+    tmp_path: Path,
+) -> None:
+    model = tiny(norm_eps=1e-12, sharing=Sharing())
+    write(Weights("msclip", model, Preprocess(32), None), tmp_path / "marked", "ms_clip")
+    assert read(tmp_path / "marked").layout == "ms_clip"
+    save_file(state_of(model), tmp_path / "x")  # as another program would write it
     merges = tmp_path / "merges.txt"
     merges.write_text("#version\n" + "a b\nab c</w>\n" * 40)
-    loaded = msclip.load(tmp_path / "x", tokenizer=str(merges))
+    loaded = msclip.load(tmp_path / "x", tokenizer=str(merges), norm_eps=1e-12)
+    assert equal(loaded.model, model)
     assert loaded.config.sharing == Sharing()
     assert loaded.config.norm_eps == 1e-12
     assert loaded.preprocess == Preprocess(32)
