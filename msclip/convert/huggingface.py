@@ -206,7 +206,7 @@ def write(weights: Weights) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor
             "logit_scale_init_value": config.logit_scale_init,
             "vision_config": vision,
             "text_config": text,
-            **remark(config),
+            **remark(weights),
         },
         PREPROCESSOR: {
             "image_processor_type": "CLIPImageProcessor",
@@ -230,7 +230,8 @@ def write(weights: Weights) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor
 def tokenizer_files(tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
     """tokenizer.json and its companion.
 
-    Lower case and single spaces become part of the file. The mending of mojibake and HTML entities cannot: do that before.
+    Lower case and single spaces become part of the file. The mending of mojibake and HTML entities cannot: do that before. Nor
+    can cutting the end token off long captions: `remark` keeps it for us, and other programs keep the end token.
     """
     library = json.loads(tokenizer.to_json())["tokenizer"]
     library["normalizer"] = {

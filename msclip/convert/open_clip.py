@@ -162,4 +162,4 @@ def write(weights: Weights) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "interpolation": "bicubic",
         "resize_mode": "shortest",
     }
-    return {"model_cfg": model, "preprocess_cfg": preprocess, **remark(config)}, own_copies(to_state_dict(weights.model))
+    return {"model_cfg": model, "preprocess_cfg": preprocess, **remark(weights)}, own_copies(to_state_dict(weights.model))

@@ -7,15 +7,16 @@ tells nothing, because any model that only shares can be written in every layout
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from msclip.convert import huggingface, ms_clip, open_clip, openai
 from msclip.convert.archive import Archive, read_archive
 from msclip.convert.ms_clip import NORM_EPS
-from msclip.convert.weights import Weights
+from msclip.convert.weights import Weights, said_truncation
 from msclip.data.images import Preprocess
-from msclip.data.tokenizer import Tokenizer
+from msclip.data.tokenizer import Tokenizer, Truncation
 from msclip.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -92,10 +93,9 @@ def _read_ms_clip(archive: Archive, overrides: Mapping[str, Any]) -> Weights:
 def _read_folder(folder: Path, overrides: Mapping[str, Any]) -> Weights:
     if (folder / open_clip.CONFIG).is_file():
         file = _first(folder, open_clip.WEIGHTS)
-        weights = open_clip.read(read_archive(file).tensors, _json(folder / open_clip.CONFIG), overrides)
-        return Weights(
-            weights.layout, weights.model, weights.preprocess, _tokenizer(folder, weights.model.config.context_length)
-        )
+        config = _json(folder / open_clip.CONFIG)
+        weights = open_clip.read(read_archive(file).tensors, config, overrides)
+        return replace(weights, tokenizer=_tokenizer(folder, weights.model.config.context_length, said_truncation(config)))
     if not (folder / huggingface.CONFIG).is_file():
         raise UserError(
             f"it is a folder with neither a model.safetensors of msclip's nor {open_clip.CONFIG} or {huggingface.CONFIG}"
@@ -121,14 +121,14 @@ def _read_huggingface(folder: Path, archive: Archive, overrides: Mapping[str, An
     elif (folder / huggingface.PROCESSOR).is_file():
         preprocessor = _json(folder / huggingface.PROCESSOR).get("image_processor") or {}
     context = archive.tensors.get("text_model.embeddings.position_embedding.weight")
-    tokenizer = None if context is None else _tokenizer(folder, len(context))
+    tokenizer = None if context is None else _tokenizer(folder, len(context), said_truncation(config))
     return huggingface.read(archive.tensors, config, preprocessor, tokenizer, overrides)
 
 
-def _tokenizer(folder: Path, context_length: int) -> Tokenizer | None:
+def _tokenizer(folder: Path, context_length: int, truncation: Truncation) -> Tokenizer | None:
     for name in (huggingface.TOKENIZER, huggingface.MERGES):
         if (folder / name).is_file():
-            return Tokenizer.load(str(folder / name), context_length)
+            return Tokenizer.load(str(folder / name), context_length, truncation)
     return None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from msclip.config import ModelConfig
 from msclip.convert.ms_clip import from_state_dict, infer_config, to_state_dict
 from msclip.data.images import Preprocess
-from msclip.data.tokenizer import Tokenizer
+from msclip.data.tokenizer import Tokenizer, Truncation
 from msclip.errors import UserError
 from msclip.model import Model
 from msclip.sharing import Sharing
@@ -133,9 +133,18 @@ def own_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
 
 
-def remark(config: ModelConfig) -> dict[str, Any]:
-    """An entry for another program's configuration file that says what was shared; those programs ignore it."""
-    return {"msclip": {"sharing": asdict(config.sharing)}}
+def remark(weights: Weights) -> dict[str, Any]:
+    """An entry for another program's configuration file, which ignores it: what was shared, how captions are cut."""
+    said: dict[str, Any] = {"sharing": asdict(weights.model.config.sharing)}
+    if weights.tokenizer is not None:
+        said["truncation"] = weights.tokenizer.truncation
+    return {"msclip": said}
+
+
+def said_truncation(remarks: Mapping[str, Any]) -> Truncation:
+    """How the tokenizer beside a model is to cut captions that are too long, by the model's `remark`."""
+    said = remarks.get("msclip")
+    return "official" if isinstance(said, Mapping) and said.get("truncation") == "official" else "end"
 
 
 def from_plain(state: Mapping[str, Tensor], remarks: Mapping[str, Any], settings: Mapping[str, Any]) -> Model:

@@ -1,5 +1,6 @@
 """Out to another layout and back in: the same tensors to the last bit, the same settings."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from msclip.convert.ms_clip import infer_config, to_state_dict
 from msclip.convert.weights import CLIP_MEAN, CLIP_STD, Layout, Weights
 from msclip.convert.write import write
 from msclip.data.images import Preprocess
+from msclip.data.tokenizer import Tokenizer, Truncation
 from msclip.presets import preset
 from msclip.sharing import SEPARATE, Sharing
 from tests.msclip.tiny_models import RESNET, equal, tiny, tokenizer
@@ -71,6 +73,16 @@ def test_a_model_comes_back_from_another_layout_as_it_was(tmp_path: Path, name: 
     captions = ["A  dog runs", "birds over   the WATER"]
     assert before.tokenizer is not None
     assert torch.equal(after.tokenizer(captions), before.tokenizer(captions))
+
+
+@pytest.mark.parametrize("layout", ["open_clip", "huggingface"])
+@pytest.mark.parametrize("truncation", ["end", "official"])
+def test_captions_that_are_too_long_are_cut_as_before(tmp_path: Path, layout: Layout, truncation: Truncation) -> None:
+    settings = json.loads(tokenizer().to_json())
+    before = Tokenizer.from_json(json.dumps({**settings, "truncation": truncation}))
+    write(replace(weights(tiny()), tokenizer=before), tmp_path / "there", layout)
+    long = "birds over the water " * 10
+    assert torch.equal(msclip.load(tmp_path / "there").tokenizer(long), before(long))
 
 
 @pytest.mark.parametrize("name", ["plain", "unequal_towers", "resnet"])
