@@ -5,6 +5,7 @@ misspelled. Old configurations say that the end token is 2: captions are pooled 
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,17 @@ import torch
 from torch import Tensor
 
 from msclip.convert.ms_clip import to_state_dict
-from msclip.convert.weights import CLIP_MEAN, CLIP_STD, FRESH, Weights, from_plain, own_copies, remark, require_plain
+from msclip.convert.weights import (
+    CLIP_MEAN,
+    CLIP_STD,
+    FRESH,
+    MALFORMED,
+    Weights,
+    from_plain,
+    own_copies,
+    remark,
+    require_plain,
+)
 from msclip.data.images import Preprocess
 from msclip.data.tokenizer import Tokenizer
 from msclip.errors import UserError
@@ -23,6 +34,8 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 TOKENIZER, MERGES = "tokenizer.json", "merges.txt"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 BICUBIC = 3  # as Pillow numbers it
+PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+"""Those whose defaults are CLIP's."""
 
 PLAIN = {
     "logit_scale": "logit_scale",
@@ -118,18 +131,14 @@ def read(
     """
     try:
         settings = _settings(config)
-        mean, std = _normalisation(preprocessor)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"its {CONFIG} or {PREPROCESSOR} is not that of a CLIPModel: {error!r}") from None
+    except MALFORMED as error:
+        raise UserError(f"its {CONFIG} is not that of a CLIPModel: {error!r}") from None
     model = from_plain(to_official(tensors), config, {**settings, **FRESH, **overrides})
-    size = model.config.image_size
-    for name in ("size", "crop_size"):
-        said = preprocessor.get(name, size)
-        if isinstance(said, Mapping):
-            said = said.get("shortest_edge", said.get("height"))
-        if said != size and preprocessor.get("do_" + {"size": "resize", "crop_size": "center_crop"}[name], True):
-            raise UserError(f"its {PREPROCESSOR} has {name} {said!r}; this library resizes to the model's {size} pixels")
-    return Weights("huggingface", model, Preprocess(size, mean, std), tokenizer)
+    try:
+        preprocess = _preprocess(preprocessor, model.config.image_size)
+    except MALFORMED as error:
+        raise UserError(f"its {PREPROCESSOR} is not that of a CLIPModel: {error!r}") from None
+    return Weights("huggingface", model, preprocess, tokenizer)
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,12 +161,26 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _normalisation(settings: Mapping[str, Any]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    if settings.get("resample", BICUBIC) != BICUBIC:
-        raise UserError(f"its {PREPROCESSOR} has resample {settings['resample']!r}; this library resizes bicubic ({BICUBIC})")
+def _preprocess(settings: Mapping[str, Any], image_size: int) -> Preprocess:
+    settings = {name: value for name, value in settings.items() if value is not None}
+    done: dict[str, tuple[Any, ...]] = {
+        "image_processor_type": PROCESSORS,
+        "feature_extractor_type": PROCESSORS,
+        "resample": (BICUBIC,),
+        "size": (image_size, {"shortest_edge": image_size}),  # both sides given, it would distort the image
+        "crop_size": (image_size, {"height": image_size, "width": image_size}),
+        "do_pad": (False,),
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)),
+    }
+    for name, values in done.items():
+        if name in settings and settings[name] not in values:
+            does = " or ".join(map(str, values)) + " (bicubic)" * (name == "resample")
+            raise UserError(f"its {PREPROCESSOR} has {name} {settings[name]!r}; this library does {does}")
+    if not math.isclose(settings.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6):
+        raise UserError(f"its {PREPROCESSOR} has rescale_factor {settings['rescale_factor']!r}; this library divides by 255")
     m0, m1, m2 = map(float, settings.get("image_mean", CLIP_MEAN))
     s0, s1, s2 = map(float, settings.get("image_std", CLIP_STD))
-    return (m0, m1, m2), (s0, s1, s2)
+    return Preprocess(image_size, (m0, m1, m2), (s0, s1, s2))
 
 
 def write(weights: Weights) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from msclip.config import ModelConfig
 from msclip.convert.ms_clip import SCALARS, infer_config, to_state_dict
-from msclip.convert.weights import CLIP_MEAN, CLIP_STD, FRESH, Weights, from_plain, own_copies, remark, require_plain
+from msclip.convert.weights import (
+    CLIP_MEAN,
+    CLIP_STD,
+    FRESH,
+    MALFORMED,
+    Weights,
+    from_plain,
+    own_copies,
+    remark,
+    require_plain,
+)
 from msclip.data.images import Preprocess
 from msclip.errors import UserError
 
@@ -21,7 +31,7 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 HEAD_WIDTHS = {1280: 80}
 """Image towers by width whose heads do not have 64 channels: ViT-H."""
 
-# Settings of open_clip's towers that change the result, with the one value that this library's towers have.
+# Settings of open_clip's that change the result, with the one value that this library has.
 VISION = {
     "head_width": None,
     "image_size": None,
@@ -41,13 +51,14 @@ TEXT = {
     "layers": None,
     "norm_kwargs": None,
     "hf_tokenizer_name": None,
-    "tokenizer_kwargs": None,
+    "tokenizer_kwargs": None,  # see TOKENIZER
     "pad_id": None,
     "eos_id": None,
     "mlp_ratio": 4.0,
     "pool_type": "argmax",
     "proj_type": "linear",
 }
+TOKENIZER = {"clean": "lower", "context_length": None}
 MODEL = {
     "embed_dim": None,
     "vision_cfg": None,
@@ -79,7 +90,7 @@ def read(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, overri
     try:
         settings = _settings(infer_config(state), config)
         preprocess = _preprocess((config or {}).get("preprocess_cfg", {}))
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except MALFORMED as error:
         raise UserError(f"its {CONFIG} is not open_clip's: {error!r}") from None
     if config is None and "activation" not in overrides:
         raise UserError(
@@ -98,11 +109,17 @@ def _settings(inferred: ModelConfig, config: Mapping[str, Any] | None) -> dict[s
         return {"num_heads": heads, "norm_eps": 1e-5}
     model = config["model_cfg"]
     vision, text = model["vision_cfg"], model["text_cfg"]
-    for known, part, name in ((MODEL, model, "model_cfg"), (VISION, vision, "vision_cfg"), (TEXT, text, "text_cfg")):
+    parts = (
+        (MODEL, model, "model_cfg"),
+        (VISION, vision, "vision_cfg"),
+        (TEXT, text, "text_cfg"),
+        (TOKENIZER, text.get("tokenizer_kwargs") or {}, "text_cfg.tokenizer_kwargs"),
+    )
+    for known, part, name in parts:
         for key, value in part.items():
             wanted = known.get(key)
             if value not in (None, False, {}) and (key not in known or wanted not in (None, value)):
-                raise UserError(f"its {CONFIG} has {name}.{key} {value!r}, which this library's towers do not do")
+                raise UserError(f"its {CONFIG} has {name}.{key} {value!r}, which this library does not do")
     eps = {float((part.get("norm_kwargs") or {}).get("eps", 1e-5)) for part in (vision, text)}
     if len(eps) > 1:
         raise UserError(f"its {CONFIG} has two LayerNorm epsilons, {sorted(eps)}; this library has one for both towers")
@@ -115,9 +132,11 @@ def _settings(inferred: ModelConfig, config: Mapping[str, Any] | None) -> dict[s
 
 
 def _preprocess(settings: Mapping[str, Any]) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    for name, wanted in (("interpolation", "bicubic"), ("resize_mode", "shortest")):
+    settings = {name: value for name, value in settings.items() if value is not None}
+    # Its size is the model's, whatever is written, and only the padding of resize_mode longest has a fill_color.
+    for name, wanted in (("mode", "RGB"), ("interpolation", "bicubic"), ("resize_mode", "shortest")):
         if settings.get(name, wanted) != wanted:
-            raise UserError(f"its {CONFIG} has {name} {settings[name]!r}; this library resizes {wanted}")
+            raise UserError(f"its {CONFIG} has preprocess_cfg.{name} {settings[name]!r}; this library does {wanted}")
     mean, std = (tuple(map(float, settings.get(name, usual))) for name, usual in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
     (m0, m1, m2), (s0, s1, s2) = mean, std
     return (m0, m1, m2), (s0, s1, s2)

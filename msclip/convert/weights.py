@@ -50,6 +50,9 @@ PLAIN = {
 }
 """Settings that two plain towers can have; sharing, because a shared tensor can be written to both."""
 
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
+"""What reading another program's configuration raises where a value is not of the kind that belongs there."""
+
 
 @dataclass(frozen=True)
 class Weights:

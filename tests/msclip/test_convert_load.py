@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import pickle
 import warnings
@@ -239,8 +240,21 @@ def test_old_hugging_face_files_with_position_ids_and_end_token_2_are_read(tmp_p
         ("config.json", "vision_config", "layer_norm_eps", 0.1, "epsilons"),
         ("config.json", "vision_config", "num_attention_heads", 7, "num_heads"),
         ("config.json", "vision_config", "num_attention_heads", "many", "not that of a CLIPModel"),
+        ("config.json", "vision_config", "num_attention_heads", math.inf, "not that of a CLIPModel.*infinity"),
         ("preprocessor_config.json", None, "resample", 2, "bicubic"),
-        ("preprocessor_config.json", None, "size", {"shortest_edge": 36}, "36"),
+        ("preprocessor_config.json", None, "size", {"shortest_edge": 36}, "36.*does 32"),
+        ("preprocessor_config.json", None, "size", {"height": 32, "width": 64}, "'width': 64.*shortest_edge"),
+        ("preprocessor_config.json", None, "size", {"height": 32, "width": 32}, "'width': 32.*shortest_edge"),
+        ("preprocessor_config.json", None, "crop_size", {"height": 32, "width": 64}, "crop_size.*'width': 64"),
+        ("preprocessor_config.json", None, "crop_size", 28, "crop_size 28"),
+        ("preprocessor_config.json", None, "rescale_factor", 1 / 127.5, "rescale_factor 0.0078"),
+        ("preprocessor_config.json", None, "rescale_factor", "a", "preprocessor_config.json is not that"),
+        ("preprocessor_config.json", None, "image_processor_type", "ViTImageProcessor", "ViTImageProcessor"),
+        ("preprocessor_config.json", None, "do_pad", True, "do_pad True"),
+        *(
+            ("preprocessor_config.json", None, f"do_{what}", False, f"do_{what} False")
+            for what in ("resize", "center_crop", "rescale", "normalize")
+        ),
     ],
 )
 def test_a_setting_that_would_change_the_result_is_refused(
@@ -254,13 +268,38 @@ def test_a_setting_that_would_change_the_result_is_refused(
         read(tmp_path / "hf")
 
 
-def test_a_setting_of_open_clip_that_would_change_the_result_is_refused(tmp_path: Path) -> None:
+def test_old_and_sparse_preprocessing_of_hugging_face_is_read(tmp_path: Path) -> None:
+    write(weights(tiny()), tmp_path / "hf", "huggingface")
+    old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 32, "do_resize": True, "do_pad": None}
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(old))
+    assert read(tmp_path / "hf").preprocess == Preprocess(32, CLIP_MEAN, CLIP_STD)
+
+
+@pytest.mark.parametrize(
+    ("place", "setting", "value", "reason"),
+    [
+        (["model_cfg", "vision_cfg"], "pool_type", "avg", r"vision_cfg\.pool_type 'avg'"),
+        (["model_cfg", "vision_cfg"], "head_width", math.inf, "is not open_clip's"),
+        (["model_cfg", "text_cfg"], "heads", math.inf, "is not open_clip's.*infinity"),
+        (["model_cfg", "text_cfg"], "tokenizer_kwargs", {"clean": "canonicalize"}, "tokenizer_kwargs.clean 'canonicalize'"),
+        (["model_cfg", "text_cfg"], "tokenizer_kwargs", {"reduction_mask": "shuffle"}, "tokenizer_kwargs.reduction_mask"),
+        (["preprocess_cfg"], "resize_mode", "squash", "preprocess_cfg.resize_mode 'squash'"),
+        (["preprocess_cfg"], "resize_mode", "longest", "preprocess_cfg.resize_mode 'longest'"),
+        (["preprocess_cfg"], "interpolation", "bilinear", "preprocess_cfg.interpolation 'bilinear'"),
+        (["preprocess_cfg"], "mode", "L", "preprocess_cfg.mode 'L'"),
+    ],
+)
+def test_a_setting_of_open_clip_that_would_change_the_result_is_refused(
+    tmp_path: Path, place: list[str], setting: str, value: object, reason: str
+) -> None:
     write(weights(tiny()), tmp_path / "oc", "open_clip")
     file = tmp_path / "oc" / "open_clip_config.json"
-    values = json.loads(file.read_text())
-    values["model_cfg"]["vision_cfg"]["pool_type"] = "avg"
+    values = part = json.loads(file.read_text())
+    for name in place:
+        part = part[name]
+    part[setting] = value
     file.write_text(json.dumps(values))
-    with pytest.raises(msclip.UserError, match=r"vision_cfg\.pool_type 'avg'"):
+    with pytest.raises(msclip.UserError, match=reason):
         read(tmp_path / "oc")
 
 
