@@ -34,10 +34,11 @@ def write(weights: Weights, path: Path, layout: Layout) -> None:
     if path.exists():
         raise UserError(f"{path} exists already; it is not overwritten")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".convert-", dir=path.parent))
+        # In the nearest folder that is there: missing ones are made for a finished model alone.
+        scratch = Path(tempfile.mkdtemp(prefix=".convert-", dir=next(p for p in path.parents if p.exists())))
         try:
             _write(weights, scratch / "model", layout)
+            path.parent.mkdir(parents=True, exist_ok=True)
             (scratch / "model").rename(path)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)

@@ -41,6 +41,7 @@ def test_mistakes_are_one_paragraph_and_status_2(tmp_path: Path, lone_file: Path
         ([str(lone_file), str(tmp_path / "a"), "--to", "msclip", *gelu], "--tokenizer"),
         ([str(lone_file), str(tmp_path / "a"), "--to", "openai", *gelu], "this model has gelu"),
         ([str(lone_file), str(tmp_path / "a"), "--to", "openai"], "as --activation quick_gelu"),
+        ([str(lone_file), str(tmp_path / "b" / "c" / "a"), "--to", "openai", *gelu], "this model has gelu"),
         ([str(lone_file), str(lone_file / "a"), "--to", "huggingface", *gelu], "could not be written"),
     ):
         assert main(arguments) == 2
