@@ -182,7 +182,7 @@ class ModelConfig:
         """The inverse of `to_dict`; what an older version did not write has its default."""
         plain = _tupled(values)
         for name, section in SECTIONS.items():
-            if name in plain:
+            if isinstance(plain.get(name), dict):
                 plain[name] = section(**plain[name])
         return ModelConfig(**plain)
 

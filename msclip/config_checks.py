@@ -1,13 +1,16 @@
 """What a model's configuration may not be: every combination that cannot be built, by the names a user wrote."""
 
 import math
-from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
+from dataclasses import is_dataclass
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from msclip.errors import UserError
 
 if TYPE_CHECKING:
     from msclip.config import ModelConfig
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 RESNET_REDUCTION = 32  # input pixels a cell of a ResNet's last map
 
 
@@ -17,9 +20,7 @@ def check(config: "ModelConfig") -> None:
     Raises:
         UserError: which settings, what they were, what would do.
     """
-    for name, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
-            raise UserError(f"model.{name} must be {' or '.join(get_args(hint))}, got {getattr(config, name)!r}")
+    _check_kinds(config, "model")
     for name in ("image_size", "patch_size", "width", "text_width", "embed_dim", "vocab_size", "context_length"):
         if getattr(config, name) < 1:
             raise UserError(f"model.{name} must be at least 1, got {getattr(config, name)}")
@@ -52,6 +53,32 @@ def check(config: "ModelConfig") -> None:
         )
     if config.text_tower == "cbow" and (config.text_pool != "end" or not config.causal):
         raise UserError("model.text_pool and model.causal are settings of model.text_tower transformer, got cbow")
+
+
+def _check_kinds(section: Any, name: str) -> None:
+    """Refuses values of another kind than their field's: a file's header is read without the parser that would."""
+    for field, hint in get_type_hints(type(section)).items():
+        value, setting = getattr(section, field), f"{name}.{field}"
+        if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, hint):
+            _check_kinds(value, setting)
+        elif not _is(value, hint):
+            raise UserError(f"{setting} must be {_wanted(hint)}, got {value!r}")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple | list) and all(_is(each, get_args(hint)[0]) for each in value)
+    return isinstance(value, {int: Integral, float: Real}.get(hint, hint)) and (hint is bool or not isinstance(value, bool))
+
+
+def _wanted(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"a list, each {_wanted(get_args(hint)[0])}"
+    return KINDS.get(hint, "a section of settings")
 
 
 def _check_towers(config: "ModelConfig") -> None:

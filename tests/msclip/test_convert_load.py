@@ -360,22 +360,31 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "claim",
+    ("claim", "reason"),
     [
-        {"layers": 10**9, "text_layers": 10**9},
-        {"embed_dim": -1},
-        {"embed_dim": 10**30},
-        {"width": "wide"},
-        {"vocab_size": None},
-        {"sharing": {"layers": 5}},
-        {"sharing": []},
+        ({"layers": 10**9, "text_layers": 10**9}, "1000000000 layers"),
+        ({"embed_dim": -1}, r"model\.embed_dim must be at least 1, got -1"),
+        ({"embed_dim": 10**30}, "no model has the sizes"),
+        ({"width": "wide"}, r"model\.width must be a whole number, got 'wide'"),
+        ({"layers": True}, r"model\.layers must be a whole number, got True"),
+        ({"vocab_size": None}, r"model\.vocab_size must be a whole number, got None"),
+        ({"dropout": "0"}, r"model\.dropout must be a number, got '0'"),
+        ({"branch_layers": ["a"]}, r"model\.branch_layers must be a list, each a whole number, got \('a',\)"),
+        ({"loss": []}, r"model\.loss must be softmax or sigmoid, got \(\)"),
+        ({"sharing": {"layers": 5}}, r"model\.sharing\.layers must be text, got 5"),
+        ({"sharing": {"ln1": 1}}, r"model\.sharing\.ln1 must be true or false, got 1"),
+        ({"sharing": []}, r"model\.sharing must be a section of settings, got \(\)"),
+        ({"colour": 1}, "another version of msclip.*colour"),
     ],
 )
-def test_a_header_that_claims_impossible_sizes_is_refused_at_once(tmp_path: Path, claim: dict[str, object]) -> None:
+def test_a_header_that_claims_what_no_model_has_is_refused_at_once(
+    tmp_path: Path, claim: dict[str, object], reason: str
+) -> None:
     config = {**msclip.ModelConfig(**SIZES).to_dict(), **claim}
     header = {"format": "msclip/1", "model": json.dumps(config), "tokenizer": tokenizer().to_json()}
-    save_file({"x": torch.zeros(1)}, tmp_path / "x", metadata={**header, "preprocess": json.dumps(Preprocess().to_dict())})
-    with pytest.raises(msclip.UserError, match="x"):
+    tensors = {str(i): torch.zeros(1) for i in range(6)}  # as many as it has layers
+    save_file(tensors, tmp_path / "x", metadata={**header, "preprocess": json.dumps(Preprocess().to_dict())})
+    with pytest.raises(msclip.UserError, match=f"x .*{reason}"):
         msclip.load(tmp_path / "x")
 
 
