@@ -1,29 +1,32 @@
 """One folder on a local disk or in an object store, with the few verbs that runs, shards and checkpoints need.
 
 Local files appear whole or not at all: written beside their place, synchronised, then renamed. Object stores give the
-same promise for one object. Anything `pyarrow.fs.FileSystem.from_uri` knows works (s3, gs, abfs, hdfs), and anything that
-fsspec knows and is installed for (http, sftp, hf, memory, ...); query parameters such as
-`?endpoint_override=host:port&scheme=http` stay with every folder below.
+same promise for one object. S3 is `msclip.s3`; anything else that `pyarrow.fs.FileSystem.from_uri` knows works (gs, abfs,
+hdfs), and anything that fsspec knows and is installed for (http, sftp, hf, memory, ...); query parameters such as
+`?endpoint_override=host:port&scheme=http` stay with every folder below. URLs are written down (in a run's config, in logs, in
+exports), so one with a password is refused.
 """
 
 import fnmatch
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote
+from urllib.parse import quote, unquote
 
 import pyarrow
 from pyarrow import fs
 
+from msclip import s3
 from msclip.errors import UserError
 
 _TEMPORARY = ".tmp-"
 _COPY_BYTES = 8 * 2**20
-_PYARROW = {f"{scheme}://" for scheme in ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "local", "mock")}
+_PYARROW = {f"{scheme}://" for scheme in ("gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "local", "mock")}
 
 
 def _remote(url: str) -> tuple[str, str, str] | None:
@@ -49,7 +52,7 @@ class Folder:
         url: a local path (made absolute, so that workers elsewhere agree), `file://` or a URL of an object store.
 
     Raises:
-        UserError: no file system knows this kind of URL.
+        UserError: no file system knows this kind of URL, or it holds a password.
     """
 
     def __init__(self, url: "str | Path | Folder"):
@@ -64,12 +67,20 @@ class Folder:
             self.url = str(self.local)
         else:
             self._scheme, self._rest, self._query = remote
+            if re.match("[^/@]*:[^/]*@", self._rest):
+                raise UserError(
+                    f"a {self._scheme} URL must not hold a password, since URLs are written into configs, logs and exports; "
+                    "leave it to the environment (for S3: AWS_PROFILE, AWS_ACCESS_KEY_ID or the machine's role)"
+                )
             self.url = self._scheme + self._rest + self._query
             if not self._rest:
                 raise UserError(f"the folder {text!r} names no bucket; write {self._scheme}BUCKET/PATH")
             self._connect()
 
     def _connect(self) -> None:
+        if self._scheme == "s3://":
+            self._filesystem, self._path = s3.connect(self._rest, self._query.removeprefix("?"))
+            return
         try:
             connect: Any = fs.FileSystem.from_uri if self._scheme in _PYARROW else _fsspec
             self._filesystem, self._path = connect(self.url)
@@ -86,6 +97,11 @@ class Folder:
     def filesystem(self) -> fs.FileSystem:
         """The pyarrow file system that `path` belongs to."""
         return self._filesystem or fs.LocalFileSystem()
+
+    @property
+    def _handler(self) -> Any:
+        """Who serves a file system that is not pyarrow's own: `S3` or fsspec's; None for all others."""
+        return self._filesystem.handler if isinstance(self._filesystem, fs.PyFileSystem) else None
 
     @property
     def path(self) -> str:
@@ -108,7 +124,7 @@ class Folder:
         child.local, child._filesystem = None, self._filesystem
         child._scheme, child._query = self._scheme, self._query
         rest = path = str(parts)
-        if not isinstance(self._filesystem, fs.PyFileSystem):
+        if not isinstance(self._handler, fs.FSSpecHandler):
             rest = quote(rest)
         elif self._scheme in ("http://", "https://"):
             rest = path = quote(rest)  # of what fsspec knows, the web alone has names in quotation
@@ -152,7 +168,10 @@ class Folder:
         """
         if self.local is not None:
             return (self.local / name).read_bytes()
-        with self.filesystem.open_input_file((self / name).path) as file:
+        path = (self / name).path
+        if isinstance(self._handler, s3.S3):
+            return bytes(self._handler.read(path))  # one request; a file that is opened asks for its size first
+        with self.filesystem.open_input_file(path) as file:
             return file.read()
 
     def read_text(self, name: str) -> str:
@@ -167,6 +186,8 @@ class Folder:
         if self.local is not None:
             with self._replacing(name) as temporary:
                 temporary.write_bytes(data)
+        elif isinstance(self._handler, s3.S3):
+            self._handler.put((self / name).path, data)
         else:
             with self.open_output(name) as stream:
                 stream.write(data)
@@ -187,52 +208,30 @@ class Folder:
         if self.local is not None:
             with self._replacing(name, new=True) as temporary:
                 temporary.write_bytes(data)
-        elif self._filesystem is not None and self._filesystem.type_name == "s3":
-            self._put_new(path, data)
-        elif isinstance(self._filesystem, fs.PyFileSystem):
+        elif isinstance(self._handler, s3.S3):
+            self._handler.create(path, data)
+        elif self._handler:
             self._make_parent(path)
-            self._filesystem.handler.fs.pipe_file(path, data, mode="create")
+            self._handler.fs.pipe_file(path, data, mode="create")
         elif self.exists(name):
             raise FileExistsError(f"{self.url}/{name} exists")
         else:
             self.write_bytes(name, data)
 
-    def _put_new(self, path: str, data: bytes) -> None:
-        import boto3  # pyarrow's S3 has no conditional put
-        from botocore.exceptions import ClientError
-
-        query = {key: values[-1] for key, values in parse_qs(self._query.removeprefix("?")).items()}
-        options: dict[str, Any] = {"region_name": query.get("region")}
-        if host := query.get("endpoint_override"):
-            options["endpoint_url"] = host if "://" in host else f"{query.get('scheme', 'https')}://{host}"
-        if "@" in self._rest.partition("/")[0]:  # a key in the URL, as pyarrow takes it too
-            key_id, _, secret = self._rest.partition("@")[0].partition(":")
-            options |= {"aws_access_key_id": unquote(key_id), "aws_secret_access_key": unquote(secret)}
-        bucket, _, key = path.partition("/")
-        client = boto3.client("s3", **options)
-        for attempt in range(5):
-            try:
-                client.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-                return
-            except ClientError as error:
-                status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-                if status == 412:
-                    raise FileExistsError(f"{self.url}: {key} exists") from None
-                # 409: another write to this key is under way, and only a new attempt tells how it ended.
-                if status != 409 or attempt == 4:
-                    raise OSError(f"cannot write {key} to {self.url}: {error}") from error
-
     def open_output(self, name: str) -> Any:
-        """A binary stream to write a file piece by piece; while it is open, a local file is there in part."""
+        """A binary stream to write a file piece by piece, a context manager. While it is open, a local file is there in part;
+        in S3 none is, nor after a body that raised."""
         path = (self / name).path
+        if isinstance(self._handler, s3.S3):
+            return s3.Writer(self._handler, path)
         self._make_parent(path)
         return self.filesystem.open_output_stream(path)
 
     def _make_parent(self, path: str) -> None:
         if self.local is not None:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        elif isinstance(self._filesystem, fs.PyFileSystem):  # of object stores only some want one
-            self._filesystem.handler.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        elif isinstance(self._handler, fs.FSSpecHandler):  # of object stores only some want one
+            self._handler.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
 
     def append_text(self, name: str, text: str) -> None:
         """Adds to the end of a file. Object stores cannot: keep the file locally and `upload` it."""
@@ -248,6 +247,8 @@ class Folder:
         if self.local is not None:
             with self._replacing(name) as temporary:
                 shutil.copyfile(local_path, temporary)
+        elif isinstance(self._handler, s3.S3):
+            self._handler.upload(local_path, (self / name).path)
         else:
             source = os.path.abspath(local_path)
             fs.copy_files(source, (self / name).path, fs.LocalFileSystem(), self.filesystem, chunk_size=_COPY_BYTES)
@@ -258,6 +259,8 @@ class Folder:
         with Folder(target.parent)._replacing(target.name) as temporary:
             if self.local is not None:
                 shutil.copyfile(self.local / name, temporary)
+            elif isinstance(self._handler, s3.S3):
+                self._handler.download((self / name).path, temporary)
             else:
                 source = (self / name).path
                 fs.copy_files(source, str(temporary), self.filesystem, fs.LocalFileSystem(), chunk_size=_COPY_BYTES)

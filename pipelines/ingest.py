@@ -12,7 +12,6 @@ published meanwhile, this one decides again with the other's rows in view, and c
 import contextlib
 import itertools
 import platform
-import re
 import sys
 import tempfile
 from collections import Counter
@@ -21,7 +20,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import msclip
 from msclip.data.captions import Refused
@@ -170,7 +168,7 @@ def run(job: IngestJob) -> Manifest:
 def _check_new(job: IngestJob, present: Manifest | None) -> None:
     """Raises `UserError` for an input that would be in the data set twice."""
     for ingest in present.ingests if present else ():
-        if ingest["input"] == _public(Folder(job.input).url) and job.deduplicate == "none":
+        if ingest["input"] == Folder(job.input).url and job.deduplicate == "none":
             raise UserError(
                 f"input {job.input!r} is in {job.output!r} already, since version {ingest['version']} of {ingest['created']}, "
                 "and its rows would be there twice; --deduplicate exact adds only new ones, --overwrite true starts over"
@@ -272,15 +270,13 @@ class _Ingest:
             "version": base.version + 1,
             "id": self.id,
             "created": created,
-            "input": _public(Folder(self.job.input).url),
+            "input": Folder(self.job.input).url,
             "source": self.source.name,
             "read": read,
             "kept": kept,
             "dropped": dict(dropped.most_common()),
             "quarantine": f"quarantine-{self.id}.jsonl",
-            "settings": {
-                name: _public(value) for name, value in asdict(self.job).items() if name not in ("overwrite", "address")
-            },
+            "settings": {name: value for name, value in asdict(self.job).items() if name not in ("overwrite", "address")},
             "software": {
                 "msclip": msclip.__version__,
                 "python": platform.python_version(),
@@ -297,13 +293,6 @@ class _Ingest:
             statistics=statistics.to_dict(),
             ingests=(*base.ingests, ingest),
         )
-
-
-def _public(value: Any) -> Any:
-    """A setting as others may read it: without keys that stand in a URL."""
-    if isinstance(value, list):
-        return [_public(each) for each in value]
-    return re.sub(r"://[^/@]*@", "://", value) if isinstance(value, str) else value
 
 
 def _row_groups(manifest: Manifest) -> list[Known]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faulty_proxy import at_port
+
 
 def _shared(part: str) -> Path:
     root = Path(os.environ.get("MSCLIP_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -31,13 +33,13 @@ def shared_fixtures() -> Path:
 
 
 @pytest.fixture(scope="module")
-def s3_url() -> Iterator[str]:
-    """A bucket on a moto server of this test's own."""
+def s3_port() -> Iterator[int]:
+    """The port of a moto server of this test's own, with a bucket, and credentials in the environment."""
     boto3 = pytest.importorskip("boto3")
     pytest.importorskip("moto")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
     settings = {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
@@ -61,7 +63,13 @@ def s3_url() -> Iterator[str]:
                     assert time.monotonic() < deadline, "the S3 server did not start"
                     time.sleep(0.1)
             boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}").create_bucket(Bucket="bucket")
-            yield f"s3://bucket/runs?endpoint_override=127.0.0.1%3A{port}&scheme=http&region=us-east-1"
+            yield port
         finally:
             server.terminate()
             server.wait(10)
+
+
+@pytest.fixture(scope="module")
+def s3_url(s3_port: int) -> str:
+    """A folder in that bucket."""
+    return at_port("s3://bucket/runs", s3_port)

@@ -154,16 +154,6 @@ def test_a_stream_writes_below_folders_that_are_not_there_yet(folder: Folder) ->
     assert folder.read_bytes("deep/er/rows") == b"one two"
 
 
-def test_keys_may_stand_in_the_url(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    folder = Folder(s3_url.replace("s3://bucket/runs", "s3://some:thing%2Felse@bucket/by-key"))
-    folder.write_new("a.txt", b"here")
-    assert folder.read_bytes("a.txt") == b"here"
-    with pytest.raises(FileExistsError):
-        folder.write_new("a.txt", b"there")
-
-
 def test_the_environment_may_name_another_s3(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     port = s3_url.partition("%3A")[2].partition("&")[0]
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")

@@ -10,6 +10,10 @@ import pytest
 
 # Before Ray is imported, by any test: it reads these then.
 _ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "test",  # of the loopback S3; workers have the environment in which Ray started
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_SECRET_ACCESS_KEY": "test",
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
     "RAY_AUTH_MODE": "disabled",

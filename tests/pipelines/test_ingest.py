@@ -455,8 +455,7 @@ def test_two_ingests_at_once_both_arrive(
 def test_tars_in_an_object_store_become_versions_in_an_object_store(
     ray_session: None, s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The keys stand in the URL, as the workers of this session began without any.
-    store = Folder(s3_url.replace("s3://bucket/runs", "s3://key:secret@bucket/ingest"))
+    store = Folder(s3_url) / "ingest"
     for number in (0, 1):
         with tarfile.open(tmp_path / "part.tar", "w") as file:
             for i in range(number * 3, number * 3 + 4):  # the last of the first is the first of the second
@@ -475,9 +474,7 @@ def test_tars_in_an_object_store_become_versions_in_an_object_store(
     assert sorted(keys) == [f"part/{i}" for i in range(7)]
     assert [name for name in out.names() if name.startswith(("INGESTING", "scratch"))] == []
     assert {"contact_sheet.png", "statistics.html"} <= set(out.names())
-    # What others read has no keys in it.
-    assert manifest.ingests[1]["input"].startswith("s3://bucket/ingest/in-1?")
-    assert not any("secret" in out.read_text(name) for name in ("manifest.json", "statistics.html", "quarantine.jsonl"))
+    assert manifest.ingests[1]["input"] == (store / "in-1").url
 
 
 DEAD, ALIVE = "20260101-000000-aaaaaa", "20260101-000000-bbbbbb"
