@@ -159,7 +159,7 @@ def train(
                 record = reporter.report(step, batch, metrics, passes(step))
                 late = checkpoints.every_minutes is not None and time.monotonic() - saved_at > 60 * checkpoints.every_minutes
                 if first_ranks_object(due or late):
-                    reporter.flush()  # first, so that what a checkpoint has seen is on record
+                    reporter.flush()  # before: whoever goes on from the checkpoint finds its records
                     save(step)
                     saved_at = time.monotonic()
                 reporter.restart()

@@ -40,7 +40,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return Manifest.load(str(pairs(tmp_path_factory.mktemp("data"))))
 
 
-def run_to(folder: Path, manifest: Manifest, steps: int = STEPS, **changes: Any) -> dict[str, Any]:
+def run_to(folder: Path | Folder, manifest: Manifest, steps: int = STEPS, **changes: Any) -> dict[str, Any]:
     """Trains a tiny model up to `steps`, from the newest checkpoint in `folder` if there is one."""
     torch.manual_seed(0)
     run = LocalRun(Folder(folder))
@@ -160,3 +160,17 @@ def test_a_long_wait_is_told_in_the_run_folder(
 def test_a_contradictory_length_is_refused(config: dict[str, Any], words: str) -> None:
     with pytest.raises(msclip.UserError, match=words):
         TrainingConfig(**config)
+
+
+def test_a_checkpoint_in_an_object_store_is_never_ahead_of_its_records(
+    s3_url: str, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, there, save = Folder(s3_url) / "ahead", list[int](), checkpoint.save
+
+    def look_and_save(folder: Folder, state: dict[str, Any], *rest: Any) -> Folder:
+        there.append(metrics_log.read(folder)[-1]["step"])
+        return save(folder, state, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", look_and_save)
+    run_to(run, manifest)
+    assert there == [2, 4, 6]
