@@ -1,7 +1,7 @@
 """One driver a run: a file in the run's folder says who trains there, as long as it does.
 
-On a local or shared disk the file is created exclusively, so of two drivers that start together one is refused. An object
-store can only be asked whether it is there. What a killed driver left behind on this host is recognised and taken over.
+The file is created exclusively, on a disk and in S3, so of two drivers that start together one is refused. Other object
+stores can only be asked whether it is there. What a killed driver left behind on this host is recognised and taken over.
 """
 
 import json
@@ -29,14 +29,9 @@ def claimed(run: Folder) -> Iterator[None]:
             if not _abandoned(run):
                 raise _taken(run)
             run.delete(CLAIM)
-        if run.local is None:
-            run.write_text(CLAIM, owner)
-        else:
-            run.local.mkdir(parents=True, exist_ok=True)
-            with (run.local / CLAIM).open("x") as file:
-                file.write(owner)
+        run.write_new(CLAIM, owner.encode())
     except FileExistsError:
-        if not (run.local and run.local.is_dir()):
+        if run.local and not run.local.is_dir():
             raise UserError(f"run.storage must be a folder, got {run.url}, of which a part is a file") from None
         raise _taken(run) from None
     except OSError as error:
