@@ -251,7 +251,7 @@ class _Ingest:
         return counts
 
     def _nothing(self, base: Manifest | None, dropped: Counter[str]) -> Manifest:
-        told = f"{_reasons(dropped)} ({self.output.url}/{QUARANTINE})"
+        told = f"{_reasons(dropped)} ({(self.output / QUARANTINE).url})"
         if base is None:
             raise UserError(f"none of the {sum(dropped.values()):,} rows of {self.job.input!r} could be used: {told}")
         print(f"nothing to add: {told}; version {base.version} of {base.rows:,} rows stays the newest")
@@ -303,13 +303,13 @@ def _row_groups(manifest: Manifest) -> list[Known]:
 def _say(manifest: Manifest) -> None:
     ingest = manifest.ingests[-1]
     shards = [shard for shard in manifest.shards if f"/{ingest['id']}/" in shard.file]
-    size, output = sum(shard.size for shard in shards) / 2**20, manifest.folder.url
-    print(f"ingested {ingest['kept']:,} rows into {len(shards):,} shards ({size:,.1f} MiB): {output}")
+    size, output = sum(shard.size for shard in shards) / 2**20, manifest.folder
+    print(f"ingested {ingest['kept']:,} rows into {len(shards):,} shards ({size:,.1f} MiB): {output.url}")
     if manifest.version > 1:
         print(f"version {manifest.version} of the data set has {manifest.rows:,} rows in {len(manifest.shards):,} shards")
     said = f"quarantined {sum(ingest['dropped'].values()):,}"
-    print(f"{said}: {_reasons(ingest['dropped'])} ({output}/{QUARANTINE})" if ingest["dropped"] else said)
-    print(f"look at it: {output}/{data_page.PAGE} and {data_page.SHEET}")
+    print(f"{said}: {_reasons(ingest['dropped'])} ({(output / QUARANTINE).url})" if ingest["dropped"] else said)
+    print(f"look at it: {(output / data_page.PAGE).url} and {data_page.SHEET}")
 
 
 if __name__ == "__main__":

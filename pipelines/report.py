@@ -91,7 +91,7 @@ def write(job: Report) -> int:
         output.write_bytes(f"{chart.name}.png", chart.png)
     page = render(run, training, evaluation, gallery, why_none)
     output.write_text("index.html", page)
-    print(f"report: {output.url}/index.html ({len(page.encode()) / 1e6:.1f} MB)")
+    print(f"report: {(output / 'index.html').url} ({len(page.encode()) / 1e6:.1f} MB)")
     return 0
 
 

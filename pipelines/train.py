@@ -252,7 +252,7 @@ def fit(prepared: Prepared, folder: Folder, total_steps: int) -> int:
         print(f"error: {outcome['error']}", file=sys.stderr)
         return int(outcome["exit_status"])
     newest = checkpoint.finished(folder)[-1]
-    print(f"finished: {newest.url}/{checkpoint.MODEL}")
+    print(f"finished: {(newest / checkpoint.MODEL).url}")
     return 0
 
 
