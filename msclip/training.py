@@ -22,6 +22,7 @@ from msclip.engine import Engine, MicroBatch, read_metrics
 from msclip.errors import UserError
 from msclip.metrics_log import MetricsLog
 from msclip.quarantine import Quarantine
+from msclip.s3_requests import repeated
 from msclip.storage import Folder
 from msclip.timing import more_processes, take_measured
 from msclip.tokens import pack
@@ -182,6 +183,7 @@ class Reporter:
         self.log = MetricsLog(run.folder, start_step + 1) if run.rank == 0 else None
         self.quarantine = Quarantine(run.folder, max_bad_fraction, writes=run.rank == 0)
         self.bad_rows = int(self.log.last.get("train/bad_rows", 0)) if self.log else 0
+        self.retries = int(self.log.last.get("train/storage_retries", 0)) if self.log else 0
         self.processes = 0
         self.restart()
 
@@ -239,11 +241,13 @@ class Reporter:
             "rows": batch.rows,
             "bad_rows": self.bad_rows,
             "processes": self.processes,
+            "retries": (self.retries, repeated.take()),
         }
         reports = all_gather_objects(mine)
         bad = [row for report in reports for row in report["bad"]]
         # Rank 0 alone knows of the rows before a resumption.
         self.bad_rows = reports[0]["bad_rows"] + len(bad)
+        self.retries = reports[0]["retries"][0] + sum(report["retries"][1] for report in reports)
         times = max((report["times"] for report in reports), key=lambda each: sum(each[name] for name in Waits._fields))
         waited = sum(times[name] for name in Waits._fields) / elapsed
         processes = sum(report["processes"] for report in reports)
@@ -260,6 +264,7 @@ class Reporter:
             "train/decode_processes_lacking": more_processes(processes, times["decode"] / elapsed),
             "train/bad_rows": self.bad_rows,
             **{f"epoch/{name}": done for name, done in passes.items()},
+            "train/storage_retries": self.retries,
         }
         if self.log:
             self.log.write(record)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from msclip.data.sources import Unit
+from msclip.s3_requests import repeated
 from pipelines.ingest_tasks import KNOWN, PREPARED, Known, Place, Tally, Work, Written
 
 
@@ -37,6 +38,8 @@ class Cluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         import ray
 
+        if count := ray.get(self.tally.repeat.remote(repeated.take())):
+            print(f"the storage failed {count:,} requests, which were repeated", flush=True)
         ray.kill(self.tally)
 
     def prepare(self) -> pa.Table:

@@ -30,6 +30,7 @@ from msclip.data.shards import SCHEMA, Shard
 from msclip.data.sources import Row, Source
 from msclip.data.statistics import Statistics
 from msclip.errors import TrainingError, UserError
+from msclip.s3_requests import repeated
 from msclip.storage import Folder
 
 _COUNTED_ROWS = 128  # between two words to the tally
@@ -91,6 +92,7 @@ class Tally:
     def __init__(self) -> None:
         self.units: dict[int, tuple[int, int]] = {}
         self.shards: dict[int, int] = {}
+        self.repeated = 0
         self.error: UserError | None = None
 
     def count(self, unit: int, rows: int, refused: int) -> None:
@@ -99,6 +101,11 @@ class Tally:
 
     def wrote(self, shard: int, rows: int) -> None:
         self.shards[shard] = rows
+
+    def repeat(self, count: int) -> int:
+        """So many requests to the storage had to be repeated; returns how many in all."""
+        self.repeated += count
+        return self.repeated
 
     def rewrite(self) -> None:
         """Forgets the shards: they will be written again."""
@@ -261,6 +268,9 @@ class Work:
             told = TrainingError(f"cannot copy {where}: {error}; {cure} and ingest again")
             ray.get(self.tally.fail.remote(told))
             raise
+        finally:
+            if count := repeated.take():
+                ray.get(self.tally.repeat.remote(count))
 
 
 def _name(unit: int) -> str:

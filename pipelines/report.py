@@ -212,6 +212,7 @@ def training_seconds(run: RunRecord) -> float | None:
 def facts(run: RunRecord) -> list[tuple[str, str]]:
     """What ran, on what and for how long; unknown things are left out."""
     plan, times = run.state.get("plan", {}), run.metrics.get("time", np.array([]))
+    retries = run.metrics.get("train/storage_retries", np.array([]))
     seconds, pairs = training_seconds(run), pairs_seen(run)
     batch, stage = run.setting("training.global_batch"), run.setting("training.zero_stage")
     listed = [
@@ -220,6 +221,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
         ("Global batch", f"{batch:,}" if batch else None),
         ("Time in steps", " ".join(duration(seconds)) if seconds else None),
         ("First to last record", " ".join(duration(times[-1] - times[0])) if len(times) > 1 else None),
+        ("Storage requests repeated", f"{int(retries[-1]):,}" if len(retries) and retries[-1] > 0 else None),
         ("Workers", run.state.get("world_size")),
         ("Device", run.state.get("device")),
         ("Precision", run.setting("training.precision")),

@@ -35,6 +35,7 @@ from msclip.data.mixture import Mixture
 from msclip.data.plan import Plan, Unit
 from msclip.data.shards import Manifest
 from msclip.errors import UserError
+from msclip.s3_requests import repeated
 
 T = TypeVar("T")
 TASK_BYTES = 16 * 2**20
@@ -174,6 +175,7 @@ class _Span:
         if block is None:
             raise RuntimeError(f"Ray Data brought fewer than the {self.count} blocks it was asked for")
         notes = json.loads(block["notes"][0].as_py())
+        repeated.add(notes["repeated"])
         if "error" in notes:
             raise UserError(notes["error"])
         # Copied out of shared memory: what is held there counts for nobody, and would stop the executor at its limit.
@@ -269,6 +271,7 @@ def _read(task: range, shared: _Handle, units: ray.ObjectRef) -> list[Block]:
         read, notes = [], {"error": str(error)}
     else:
         notes = {"units": [(unit.epoch, len(unit.row), len(unit.files)) for unit in read]}
+    notes["repeated"] = repeated.take()
     nothing = np.empty(0, np.uint8)
     arrays = {
         "files": np.concatenate([nothing, *(unit.files for unit in read)]),

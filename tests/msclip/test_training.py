@@ -22,6 +22,7 @@ from msclip.data.shards import Manifest
 from msclip.data.tokenizer import Tokenizer
 from msclip.engine import create_engine
 from msclip.optim import OptimConfig
+from msclip.s3_requests import repeated
 from msclip.storage import Folder
 from msclip.training import WAITING, CheckpointConfig, LocalRun, Reporter, TrainingConfig, train
 from pipelines.progress import Progress
@@ -174,3 +175,12 @@ def test_a_checkpoint_in_an_object_store_is_never_ahead_of_its_records(
     monkeypatch.setattr(checkpoint, "save", look_and_save)
     run_to(run, manifest)
     assert there == [2, 4, 6]
+
+
+def test_repeated_requests_to_the_storage_are_counted_over_a_whole_run(tmp_path: Path, manifest: Manifest) -> None:
+    repeated.take()
+    repeated.add(3)
+    run_to(tmp_path, manifest, 2)
+    repeated.add(4)
+    run_to(tmp_path, manifest, 4)
+    assert [record["train/storage_retries"] for record in metrics_log.read(Folder(tmp_path))] == [3, 3, 7, 7]
