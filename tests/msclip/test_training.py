@@ -70,8 +70,8 @@ def run_to(folder: Path | Folder, manifest: Manifest, steps: int = STEPS, **chan
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
-    """All records, without what measures time."""
-    timed = re.compile("time|.*_(second|seconds|wait|lacking)")
+    """All records, without what measures time or the storage."""
+    timed = re.compile("time|.*_(second|seconds|wait|lacking|retries)")
     return [{k: v for k, v in record.items() if not timed.fullmatch(k)} for record in metrics_log.read(Folder(folder))]
 
 
