@@ -94,8 +94,8 @@ class ModelConfig:
     dropout: float = 0.0
     """Probability of dropping a channel of a residual branch in training; 0 in the paper."""
     patch_dropout: float = 0.0
-    """Share of an image's patches left out in training, drawn anew each time (FLIP, arXiv 2212.00794); the class token
-    stays. Not with a branch, which needs the whole grid."""
+    """Share of an image's patches left out in training, drawn anew each time (FLIP, arXiv 2212.00794), in whole patches: at
+    least one goes and one stays, and the class token. Not with a branch, which needs the whole grid."""
     checkpoint_blocks: bool = False
     """Compute each layer a second time in the backward pass instead of keeping what is inside it: less memory, a third more
     arithmetic, the same numbers."""
@@ -142,6 +142,11 @@ class ModelConfig:
     def shared_layers(self) -> frozenset[int]:
         """Depths at which something is shared."""
         return self.sharing.depths(self.depth) if self.sharing.anything else frozenset()
+
+    @property
+    def dropped_patches(self) -> int:
+        """How many patches of an image `patch_dropout` comes to."""
+        return round(self.patch_dropout * (self.image_size // self.patch_size) ** 2)
 
     @property
     def depth(self) -> int:

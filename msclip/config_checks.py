@@ -191,6 +191,12 @@ def _check_finetuning(config: "ModelConfig") -> None:
             "model.patch_dropout needs model.image_tower vit and model.branch_layers [], got "
             f"{config.image_tower} and {list(config.branch_layers)}"
         )
+    patches = (config.image_size // config.patch_size) ** 2
+    if config.patch_dropout and not 1 <= config.dropped_patches < patches:
+        raise UserError(
+            f"model.patch_dropout must leave out at least one of an image's {patches} patches and leave one, got "
+            f"{config.patch_dropout}, which comes to {config.dropped_patches}"
+        )
     if config.checkpoint_blocks and not config.depth:
         raise UserError("model.checkpoint_blocks needs a transformer, got a ResNet and a bag of words")
     _ = config.freezes  # refuses what it cannot read

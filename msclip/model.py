@@ -39,7 +39,7 @@ class ImageInput(nn.Module):
         positions = (config.image_size // patch) ** 2 + 1
         self.positional_embedding = nn.Parameter(scale * torch.randn(positions, width))
         self.ln_pre = nn.LayerNorm(width, eps=config.norm_eps)
-        self.dropped = int(config.patch_dropout * (positions - 1))
+        self.dropped = config.dropped_patches
 
     def forward(self, images: Float[Tensor, "images 3 size size"]) -> Float[Tensor, "images grid width"]:
         if images.shape[1:] != (3, self.image_size, self.image_size):

@@ -31,6 +31,12 @@ def test_patches_are_dropped_in_training_alone_and_the_class_token_never() -> No
     assert torch.equal(model.eval().encode_image(images), whole.eval().encode_image(images))
 
 
+@pytest.mark.parametrize(("share", "left"), [(0.05, 15), (0.4, 10), (0.7, 5), (0.95, 1)])
+def test_a_share_of_patches_is_rounded_to_whole_ones(share: float, left: int) -> None:
+    model = tiny(**VIT, patch_dropout=share).train()
+    assert model.image_input(torch.randn(1, 3, 64, 64)).shape[1] == 1 + left
+
+
 def test_training_with_fewer_patches_reaches_every_weight_of_both_encoders() -> None:
     model = tiny(patch_dropout=0.4, branch_layers=()).train()
     image, text, _ = model(torch.randn(2, 3, 64, 64), pack(captions([5, 9])))
@@ -119,6 +125,8 @@ def test_frozen_batch_norms_keep_their_statistics_and_others_count() -> None:
     [
         ({"patch_dropout": 0.5}, r"branch_layers \[\]"),
         ({"patch_dropout": 1.0, "branch_layers": ()}, "below 1"),
+        (VIT | {"patch_dropout": 0.02}, "at least one of an image's 16 patches.*0.02, which comes to 0"),
+        (VIT | {"patch_dropout": 0.99}, "leave one, got 0.99, which comes to 16"),
         (RESNET | {"patch_dropout": 0.5}, "image_tower vit"),
         (RESNET | CBOW | {"checkpoint_blocks": True}, "needs a transformer"),
         ({"freeze_image": "first:7"}, "N from 1 to 6"),
