@@ -6,13 +6,15 @@ activations are the tensors that autograd keeps. Both come from the model's own 
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from msclip.branch import PatchSum
@@ -21,10 +23,10 @@ from msclip.config import ModelConfig
 from msclip.errors import UserError
 from msclip.model import Model, build
 from msclip.presets import list_models, preset
-from msclip.tokens import PackedText, pack
+from msclip.tokens import PackedText, Tokens, pack
 
-WEIGHT_BYTES, LEARNING_BYTES = 4, 12
-"""A parameter in float32; for one that is learned also its gradient and AdamW's two moments."""
+WEIGHT_BYTES, LEARNING_BYTES, AVERAGE_BYTES = 4, 12, 4
+"""A parameter in float32; for one that is learned also its gradient and AdamW's two moments, and its moving average if any."""
 OWNERS = {
     "shared": "shared",
     **dict.fromkeys(("image", "image_input", "resnet", "branch"), "image"),
@@ -53,7 +55,7 @@ class Costs:
     """Of a caption of full length."""
     image_tokens: int
     activation_bytes: int
-    """What the backward pass of one batch needs."""
+    """What the backward pass of one batch needs; with layers computed again, where it needs most."""
 
     @property
     def training_bytes(self) -> int:
@@ -90,7 +92,7 @@ def measure(config: ModelConfig, batch: int = 1) -> Costs:
         _multiply_adds(model, lambda: model.encode_image(images[:1])),
         _multiply_adds(model, lambda: model.encode_text(one_text)),
         (config.image_size // config.patch_size) ** 2 + 1,
-        _kept_bytes(model, images, text),
+        _activation_bytes(model, images, text),
     )
 
 
@@ -109,21 +111,54 @@ def _multiply_adds(model: Model, forward: Callable[[], Tensor]) -> int:
     return int(counter.get_total_flops()) // 2 + sum(sums)
 
 
-def _kept_bytes(model: Model, images: Tensor, text: PackedText) -> int:
-    """Bytes that autograd keeps for the backward pass, parameters left out."""
-    kept: dict[int, torch.UntypedStorage] = {}
+def _activation_bytes(model: Model, images: Tensor, text: PackedText) -> int:
+    kept = _kept_bytes(model, images, text).total()
+    if not model.config.checkpoint_blocks:
+        return kept
+    # What is inside a layer is computed again for one layer at a time, and stands beside what was kept of all of them.
+    whole = build(replace(model.config, checkpoint_blocks=False), device="meta")
+    return kept + max((count for call, count in _kept_bytes(whole, images, text).items() if call), default=0)
+
+
+def _kept_bytes(model: Model, images: Tensor, text: PackedText) -> Counter[int]:
+    """Bytes that autograd keeps for the backward pass, by the call of a layer (from 1) that they are inside of, 0 for none.
+
+    Weights and buffers are left out, and a layer's input is outside of it.
+    """
+    kept: dict[int, tuple[int, torch.UntypedStorage]] = {}
+    calls = inside = 0
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
+        kept.setdefault(storage._cdata, (inside, storage))
         return tensor
 
-    own = {t.untyped_storage()._cdata for t in model.parameters()}
+    def enter(_: nn.Module, inputs: tuple[Tokens]) -> None:
+        nonlocal calls, inside
+        inside = 0
+        if inputs[0].rows.requires_grad:
+            keep(inputs[0].rows)
+        inside = calls = calls + 1
+
+    def leave(*_: object) -> None:
+        nonlocal inside
+        inside = 0
+
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     model.train()
+    for part in model.modules():
+        if isinstance(part, _BatchNorm):
+            part.eval()  # keeps as much, and takes a single number a channel: one image whose grid is one cell
+    for block in model.blocks:
+        block.register_forward_pre_hook(enter)
+        block.register_forward_hook(leave)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         features = model(images, text)
     del features
-    return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+    counts: Counter[int] = Counter()
+    for key, (call, storage) in kept.items():
+        counts[call] += 0 if key in own else storage.nbytes()
+    return counts
 
 
 def table(name: str, costs: Costs, batch: int) -> str:
@@ -144,6 +179,7 @@ def table(name: str, costs: Costs, batch: int) -> str:
         ("tokens, a caption", f"{config.context_length:,}"),
         ("memory, weights", f"{_size(WEIGHT_BYTES * costs.total)} in float32"),
         (f"memory, training, batch {batch:,}", f"about {_size(costs.training_bytes)} in float32 on one device, without ZeRO"),
+        ("  with optim.ema_decay", f"about {_size(AVERAGE_BYTES * costs.learned)} more"),
         ("  of it activations", f"about {_size(costs.activation_bytes)}; half of it in bfloat16"),
     ]
     width = max(len(label) for label, _ in rows)

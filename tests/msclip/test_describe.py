@@ -1,5 +1,6 @@
 """What a model costs, against the published tables."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,33 @@ def test_activations_on_the_meta_device_are_those_of_a_real_pass() -> None:
     del outputs
     # Attention keeps its scores on one device and not on another.
     assert describe.measure(model.config, 8).activation_bytes == pytest.approx(real, rel=0.2)
+
+
+@pytest.mark.parametrize("text_width", [64, 128], ids=["both modalities at once", "one after the other"])
+def test_of_layers_that_are_computed_again_one_stands_beside_what_is_kept(text_width: int) -> None:
+    def saved(layers: int) -> int:
+        config = msclip.ModelConfig(**{**SIZES, "text_width": text_width, "layers": layers, "text_layers": layers})
+        recomputed = replace(config, checkpoint_blocks=True)
+        return describe.measure(config, 4).activation_bytes - describe.measure(recomputed, 4).activation_bytes
+
+    one_more = saved(4) - saved(3)  # is what one layer keeps, of both modalities
+    assert one_more > 0
+    if text_width == 64:
+        assert saved(3) == 2 * one_more
+    else:  # of the last layer, only the modality that keeps more is there at a time
+        assert 2 * one_more < saved(3) < 2.5 * one_more
+
+
+def test_one_image_of_one_cell_can_be_described() -> None:
+    config = preset("ms_clip_s_tiny", image_size=32)
+    one, two = (describe.measure(config, batch).activation_bytes for batch in (1, 2))
+    assert 0.9 * two < 2 * one < 1.1 * two
+
+
+def test_the_moving_average_counts_what_is_learned() -> None:
+    costs = describe.measure(msclip.ModelConfig(**SIZES, freeze_text="all"))
+    (line,) = (line for line in describe.table("x", costs, 1).splitlines() if "optim.ema_decay" in line)
+    assert f"{4 * costs.learned / 2**20:.1f} MiB" in line
 
 
 def test_a_file_of_any_layout_can_be_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
