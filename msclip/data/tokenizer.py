@@ -223,6 +223,9 @@ def _downloaded(name: str) -> tokenizers.Tokenizer:
     tried = f"cannot load the tokenizer {name!r}: it ends neither in .json (tokenizer file) nor in .txt or .txt.gz (merges)"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise UserError(f"{tried}, and is no Hugging Face name such as openai/clip-vit-base-patch32")
+    # The library would look at the Hub for half a minute before it says that there is no such name.
+    if os.path.exists(here := name.rpartition("/")[0] or name):
+        raise UserError(f"{tried}, and as {here} is here it is taken for a path, not for a Hugging Face name")
     try:
         return tokenizers.Tokenizer.from_pretrained(name)
     except Exception as error:

@@ -147,6 +147,23 @@ def test_bad_specs_say_what_was_tried(tmp_path: Path) -> None:
         Tokenizer.from_json("{}")
 
 
+@pytest.mark.parametrize("spec", ["runs/tokenizer", "runs", "./tokenizer", "../tokenizer", "/tokenizer", "~/tokenizer"])
+def test_a_path_without_a_known_ending_is_refused_before_anything_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: str
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    class NoHub:
+        @staticmethod
+        def from_pretrained(name: str) -> None:
+            raise AssertionError(f"looked for {name} at the Hub")
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", NoHub)
+    with pytest.raises(UserError, match=r"neither in \.json .* Hugging Face name"):
+        Tokenizer.load(spec)
+
+
 def test_a_hugging_face_name_that_cannot_be_had_is_the_users_mistake() -> None:
     program = "from msclip.data.tokenizer import Tokenizer; Tokenizer.load('msclip-no-such/tokenizer')"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
