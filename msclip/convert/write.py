@@ -70,9 +70,9 @@ def _write(weights: Weights, target: Path, layout: Layout) -> None:
 def _ms_clip(weights: Weights) -> dict[str, Tensor]:
     config = weights.model.config
     require_settings(config, "ms_clip", {"stem", "branch_layers"})
-    if not (config.stem or config.sharing.anything):
+    if not (config.stem or config.branch_layers or config.sharing.anything):
         raise UserError(
-            "the ms_clip layout is for models with a stem or with sharing, and this one has neither: read back, it would be "
+            "the ms_clip layout is for models with a stem, a branch or sharing, and this one has none: read back, it would be "
             "taken for another program's. --to openai, open_clip and huggingface hold models like it"
         )
     if config.stem and not config.branch_layers and config.patch_size != 32:

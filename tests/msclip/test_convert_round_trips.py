@@ -104,7 +104,7 @@ def test_a_model_comes_back_from_the_layout_of_openai(tmp_path: Path, name: str)
         {"sharing": Sharing(attn=False, ffn=False, ln1=True)},
         *(
             {**kind, "sharing": sharing}
-            for kind in (STEM, BRANCHED | {"stem": True, "text_layers": 6})
+            for kind in (STEM, BRANCHED | {"text_layers": 6}, BRANCHED | {"stem": True, "text_layers": 6, "patch_size": 8})
             for sharing in (
                 SEPARATE,
                 Sharing("last:2"),
@@ -183,10 +183,10 @@ def test_settings_that_change_no_embedding_do_not_stand_in_the_way(tmp_path: Pat
         ({"loss": "sigmoid", "norm_eps": 1e-12, "sharing": Sharing()}, "ms_clip", "loss sigmoid"),
         ({"activation": "gelu"}, "openai", "activation quick_gelu; this model has gelu"),
         ({"num_heads": 2}, "openai", r"num_heads 1; this model has 2"),
-        ({}, "ms_clip", "neither"),
+        ({}, "ms_clip", "has none"),
         ({"sharing": Sharing()}, "ms_clip", r"norm_eps 1e-12; this model has 1e-05"),
         ({"text_tower": "cbow", "text_layers": 0, "text_heads": 0}, "ms_clip", "text_tower cbow"),
-        (RESNET, "ms_clip", "neither"),
+        (RESNET, "ms_clip", "has none"),
         ({"sharing": Sharing(), "parallel_ffn": ParallelFFN("after")}, "huggingface", "parallel_ffn"),
         ({**BRANCHED, "adapter_bn": "after_pw"}, "ms_clip", "adapter_bn after_pw"),
         ({**STEM, "norm_eps": 1e-12, "patch_size": 16}, "ms_clip", r"without a branch.*model\.patch_size 32 .* instead of 16"),
