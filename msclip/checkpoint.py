@@ -28,11 +28,11 @@ from msclip.convert.weights import Weights
 from msclip.data.images import Preprocess
 from msclip.data.tokenizer import Tokenizer, Truncation
 from msclip.errors import TrainingError, UserError
+from msclip.exports import export, read_export
 from msclip.fetch import local_copy
-from msclip.model import Model, build
+from msclip.model import Model
 from msclip.storage import Folder
 
-FORMAT = "msclip/1"
 SCRATCH = ".checkpoint-"
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 STATE, COMPLETE = "state.json", "COMPLETE"
@@ -45,31 +45,6 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
     preprocess: Preprocess
     config: ModelConfig
-
-
-def export(
-    path: str | Path,
-    state: Mapping[str, Tensor],
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    preprocess: Preprocess,
-    provenance: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes one self-contained safetensors file.
-
-    Args:
-        path: a local file.
-        state: the model's state dict; floating-point tensors are stored as they are.
-        provenance: plain values on where the weights come from (step, data, versions); shown, never interpreted.
-    """
-    header = {
-        "format": FORMAT,
-        "model": json.dumps(config.to_dict()),
-        "tokenizer": tokenizer.to_json(),
-        "preprocess": json.dumps(preprocess.to_dict()),
-        "provenance": json.dumps(dict(provenance or {})),
-    }
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, str(path), metadata=header)
 
 
 def load(
@@ -93,8 +68,9 @@ def load(
             open_clip's and OpenAI's models saved as nothing but a state dict.
 
     Raises:
-        UserError: there is no such file, it is damaged, of an unknown kind, or lacks a tokenizer.
+        UserError: there is no such file or device, or the file is damaged, of an unknown kind, or lacks a tokenizer.
     """
+    _check_device(device)
     weights = read(path, overrides)
     config = weights.model.config
     chosen = with_tokenizer(weights, tokenizer, str(path)).tokenizer
@@ -103,7 +79,15 @@ def load(
             f"{path} holds a model ({weights.layout}), but no tokenizer; say which with tokenizer=, for CLIP's and MS-CLIP's "
             "own models the merges file bpe_simple_vocab_16e6.txt.gz that OpenAI publishes beside its code"
         )
-    return Loaded(weights.model.to(device).eval(), chosen, weights.preprocess, config)
+    return Loaded(weights.model.to(device), chosen, weights.preprocess, config)
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device must be one that torch has here, such as cpu or cuda:0, got {device}: {reason}") from None
 
 
 def with_tokenizer(weights: Weights, tokenizer: str | Tokenizer | None, source: str) -> Weights:
@@ -126,7 +110,7 @@ def with_tokenizer(weights: Weights, tokenizer: str | Tokenizer | None, source: 
 
 
 def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Weights:
-    """What `load` reads, where a tokenizer may be missing.
+    """What `load` reads, in float32 and evaluation mode, where a tokenizer may be missing.
 
     Raises:
         UserError: as `load`.
@@ -141,49 +125,7 @@ def read(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Weight
             raise UserError(
                 f"{path} says itself what its model is; it cannot be read with other {', '.join(sorted(overrides))}"
             )
-        return _read_export(file, header, str(path))
-
-
-def _read_export(file: Path, header: Mapping[str, str], source: str) -> Weights:
-    tensors = load_file(file)
-    try:
-        if header["format"] != FORMAT:
-            raise ValueError(f"format {header['format']}")
-        config = ModelConfig.from_dict(json.loads(header["model"]))
-        tokenizer = Tokenizer.from_json(header["tokenizer"])
-        preprocess = Preprocess.from_dict(json.loads(header["preprocess"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{source} was written by another version of msclip: {error!r} in its header") from error
-    except UserError as error:
-        raise UserError(f"{source} is refused: its header is not that of a model: {error}") from None
-    if config.depth + sum(config.resnet_blocks) > len(tensors):  # before a model of that depth is laid out
-        raise UserError(f"{source} is refused: its header claims {config.depth} layers, but it holds {len(tensors)} tensors")
-    try:
-        model = build(config, device="meta")
-    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{source} is refused: no model has the sizes that its header claims ({reason})") from error
-    load_weights(model, tensors, source)
-    return Weights("msclip", model, preprocess, tokenizer)
-
-
-def load_weights(model: Model, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Puts `tensors` into `model` (which may be on the meta device) after checking names and shapes.
-
-    Raises:
-        UserError: they belong to another architecture; the message names the first difference.
-    """
-    expected = model.state_dict()
-    if names := sorted(expected.keys() ^ tensors.keys()):
-        side = "lacks" if names[0] in expected else "has, but the configured model does not,"
-        raise UserError(f"{source} is of another architecture: it {side} {names[0]} ({len(names)} names differ)")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise UserError(
-                f"{source} is of another architecture: {name} is {tuple(tensor.shape)} there "
-                f"and {tuple(expected[name].shape)} in the configured model"
-            )
-    model.load_state_dict(dict(tensors), assign=True)
+        return read_export(file, header, str(path))
 
 
 def folder_name(step: int) -> str:

@@ -20,7 +20,7 @@ def check(config: "ModelConfig") -> None:
     Raises:
         UserError: which settings, what they were, what would do.
     """
-    _check_kinds(config, "model")
+    check_kinds(config, "model")
     for name in ("image_size", "patch_size", "width", "text_width", "embed_dim", "vocab_size", "context_length"):
         if getattr(config, name) < 1:
             raise UserError(f"model.{name} must be at least 1, got {getattr(config, name)}")
@@ -55,12 +55,12 @@ def check(config: "ModelConfig") -> None:
         raise UserError("model.text_pool and model.causal are settings of model.text_tower transformer, got cbow")
 
 
-def _check_kinds(section: Any, name: str) -> None:
+def check_kinds(section: Any, name: str) -> None:
     """Refuses values of another kind than their field's: a file's header is read without the parser that would."""
     for field, hint in get_type_hints(type(section)).items():
         value, setting = getattr(section, field), f"{name}.{field}"
         if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, hint):
-            _check_kinds(value, setting)
+            check_kinds(value, setting)
         elif not _is(value, hint):
             raise UserError(f"{setting} must be {_wanted(hint)}, got {value!r}")
 
@@ -69,7 +69,9 @@ def _is(value: Any, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple | list) and all(_is(each, get_args(hint)[0]) for each in value)
+        kind, *others = get_args(hint)
+        length = len(value) if others == [...] and isinstance(value, tuple | list) else 1 + len(others)
+        return isinstance(value, tuple | list) and len(value) == length and all(_is(each, kind) for each in value)
     return isinstance(value, {int: Integral, float: Real}.get(hint, hint)) and (hint is bool or not isinstance(value, bool))
 
 
@@ -77,7 +79,8 @@ def _wanted(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(get_args(hint))
     if get_origin(hint) is tuple:
-        return f"a list, each {_wanted(get_args(hint)[0])}"
+        kind, *others = get_args(hint)
+        return f"a list{'' if others == [...] else f' of {1 + len(others)}'}, each {_wanted(kind)}"
     return KINDS.get(hint, "a section of settings")
 
 

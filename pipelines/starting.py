@@ -22,6 +22,7 @@ from msclip.convert.weights import FRESH, TRAINING_ONLY, Weights
 from msclip.data.images import Preprocess
 from msclip.data.tokenizer import Tokenizer
 from msclip.errors import UserError
+from msclip.exports import export, load_weights
 from msclip.model import Model
 from msclip.resize import resize_positions
 from msclip.storage import Folder
@@ -116,13 +117,13 @@ def tokenizer(weights: Weights, job: TrainJob) -> Tokenizer:
 def write(weights: Weights, job: TrainJob, tokenizer: Tokenizer, preprocess: Preprocess, folder: Folder) -> None:
     """Copies the weights, resized to the job's model and with the bias that its loss has or has not, into the run's folder."""
     resized = resize_positions(weights.model, job.model.image_size, job.model.context_length)
-    state = {name: t.float() if t.is_floating_point() else t for name, t in resized.state_dict().items()}
+    state = resized.state_dict()
     bias = state.pop("logit_bias", torch.tensor([job.model.logit_bias_init]))
     if job.model.loss == "sigmoid":
         state["logit_bias"] = bias
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / INIT
-        checkpoint.export(file, state, job.model, tokenizer, preprocess, {"init": job.init, "layout": weights.layout})
+        export(file, state, job.model, tokenizer, preprocess, {"init": job.init, "layout": weights.layout})
         folder.upload(file, INIT)
 
 
@@ -133,4 +134,4 @@ def load_into(model: Model, folder: Folder) -> None:
         UserError: it is gone, or of another architecture than the job has by now.
     """
     source = (folder / INIT).url
-    checkpoint.load_weights(model, checkpoint.read(source).model.state_dict(), source)
+    load_weights(model, checkpoint.read(source).model.state_dict(), source)

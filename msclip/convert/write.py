@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from msclip.checkpoint import export
 from msclip.convert import huggingface, ms_clip, open_clip, openai
 from msclip.convert.archive import marked
 from msclip.convert.weights import Layout, Weights, require_implied, require_settings
 from msclip.data.images import Preprocess
 from msclip.errors import UserError
+from msclip.exports import export
 from msclip.model import build
 
 MS_CLIP_IMPLIED = {"norm_eps": ms_clip.NORM_EPS, "activation": "quick_gelu"}

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import msclip
 from msclip import checkpoint
 from msclip.data.images import Preprocess
 from msclip.data.tokenizer import Tokenizer
-from msclip.model import ModelConfig
 from msclip.storage import Folder
 
 
@@ -43,17 +41,6 @@ def files_up_to(size: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_an_exported_model_comes_back_with_all_it_needs(tmp_path: Path, model: msclip.Model, tokenizer: Tokenizer) -> None:
-    preprocess = Preprocess(image_size=64, mean=(0.1, 0.2, 0.3))
-    checkpoint.export(tmp_path / "m.safetensors", model.state_dict(), model.config, tokenizer, preprocess)
-    loaded = msclip.load(tmp_path / "m.safetensors")
-    assert loaded.config == model.config
-    assert loaded.preprocess == preprocess
-    assert torch.equal(loaded.tokenizer(["two dogs"]), tokenizer(["two dogs"]))
-    images = torch.randn(2, 3, 64, 64)
-    assert torch.equal(loaded.model.encode_image(images), model.encode_image(images))
 
 
 def test_a_checkpoint_without_its_marker_does_not_count(tmp_path: Path, model: msclip.Model, tokenizer: Tokenizer) -> None:
@@ -99,30 +86,3 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path: Path, model: mscl
         saved(run, 2, model, tokenizer)
     assert checkpoint.finished(run) == [earlier]
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["checkpoints", earlier.name]
-
-
-@pytest.mark.parametrize("damage", ["cut", "foreign", "text", "absent"])
-def test_a_file_that_is_no_export_is_refused_in_a_sentence(
-    tmp_path: Path, model: msclip.Model, tokenizer: Tokenizer, damage: str
-) -> None:
-    file = tmp_path / "m.safetensors"
-    checkpoint.export(file, model.state_dict(), model.config, tokenizer, Preprocess(image_size=64))
-    if damage == "cut":
-        file.write_bytes(file.read_bytes()[:5000])
-    elif damage == "foreign":
-        save_file({"x": torch.ones(1)}, file)
-    elif damage == "text":
-        file.write_text("not a model")
-    else:
-        file.unlink()
-    with pytest.raises(msclip.UserError, match=r"m\.safetensors"):
-        msclip.load(file)
-
-
-def test_weights_of_another_architecture_are_named(model: msclip.Model) -> None:
-    other = msclip.build(ModelConfig.from_dict({**model.config.to_dict(), "embed_dim": 48}), device="meta")
-    with pytest.raises(msclip.UserError, match=r"projection\.image\.weight"):
-        checkpoint.load_weights(other, model.state_dict(), "x")
-    smaller = msclip.create_model("ms_clip_s_tiny", device="meta", branch_layers=())
-    with pytest.raises(msclip.UserError, match="another architecture"):
-        checkpoint.load_weights(smaller, model.state_dict(), "x")

@@ -383,7 +383,7 @@ def test_a_header_that_claims_what_no_model_has_is_refused_at_once(
     config = {**msclip.ModelConfig(**SIZES).to_dict(), **claim}
     header = {"format": "msclip/1", "model": json.dumps(config), "tokenizer": tokenizer().to_json()}
     tensors = {str(i): torch.zeros(1) for i in range(6)}  # as many as it has layers
-    save_file(tensors, tmp_path / "x", metadata={**header, "preprocess": json.dumps(Preprocess().to_dict())})
+    save_file(tensors, tmp_path / "x", metadata={**header, "preprocess": json.dumps(Preprocess(32).to_dict())})
     with pytest.raises(msclip.UserError, match=f"x .*{reason}"):
         msclip.load(tmp_path / "x")
 

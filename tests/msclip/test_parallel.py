@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import msclip
-from msclip.checkpoint import load_weights
 from msclip.config import ModelConfig, ParallelAttention, ParallelFFN
+from msclip.exports import load_weights
 from msclip.presets import PRESETS, SPECTRUM
 from msclip.sharing import SEPARATE, Sharing
 from msclip.tokens import pack
