@@ -31,15 +31,15 @@ class OptimConfig:
     lr_shared: float | None = None
     """Peak learning rate of the weights that both modalities share; null = lr."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates. The official config names none; CLIP's ViTs used (0.9, 0.98)."""
+    """AdamW's decay rates. The official config names none, so these are torch's."""
     eps: float = 1e-8
-    """AdamW's epsilon. CLIP's ViTs used 1e-6."""
+    """AdamW's epsilon; torch's."""
     weight_decay: float = 0.05
     """Decoupled decay of weights that belong to one modality. Norms, biases, embeddings and temperature have none."""
     weight_decay_shared: float = 0.2
     """Decoupled decay of weights that both modalities share."""
     warmup_steps: int = 2000
-    """Steps of linear warm-up from 1e-6. CLIP's; the official config asks for 5 epochs."""
+    """Steps of linear warm-up from 1e-6. The official config asks for 5 epochs."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate from the end of the warm-up to the last step."""
     min_lr: float = 1e-5
