@@ -102,6 +102,7 @@ def _settings(
 def suggestion(parser: jsonargparse.ArgumentParser, error: str) -> str:
     """The known settings that look most like a word of the message, for a typo."""
     known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+    error = re.sub(r"<class '\w+'>", "", error)  # `int` looks like `init`
     words = [word for word in re.findall(r"[A-Za-z_][\w.]*", error) if word not in known]
     words += [".".join(pair) for pair in itertools.pairwise(re.findall(r"'([\w.]+)'", error))]
     close = {match for word in words for match in difflib.get_close_matches(word, known, n=1, cutoff=0.8)}

@@ -195,6 +195,7 @@ def test_a_users_mistake_is_one_paragraph_and_status_2(
     [
         (("--model.widht", "32"), "did you mean model.width"),
         (("--training.steps", "many"), "training.steps"),
+        (("--model.image_size", "big"), "Got value: big; --help lists"),
         (("--training.precision", "fp8"), "training.precision"),
         (("--config", "nope"), "nope"),
         (("--model.patch_size", "0"), "model.patch_size"),
