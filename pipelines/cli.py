@@ -64,20 +64,25 @@ def parse(job: type[Job], argv: Sequence[str] | None = None, *, prog: str | None
         return job(**parser.instantiate(namespace).as_dict())
 
 
-def values(job: type, argv: Sequence[str], *, prog: str | None = None, defaults: str | None = None) -> dict[str, Any]:
-    """What `parse` would make the job of, as plain values by name, before their ranges are checked.
+def written(job: type, argv: Sequence[str], *, prog: str | None = None, files: bool = True) -> dict[str, Any]:
+    """The settings that a user writes, by dotted name: no defaults.
+
+    Args:
+        files: whether those of the files that `--config` names count, or the command line's own alone.
 
     Raises:
         UserError: as `parse`.
     """
     arguments = [argument for argument in argv if not argument.startswith("--print_config")]  # which would end here
-    with _settings(job, arguments, prog, defaults) as (_, namespace):
-        return namespace.as_dict()
+    while not files and take_option(arguments, "--config") is not None:
+        pass
+    with _settings(job, arguments, prog, None, with_defaults=False) as (_, namespace):
+        return vars(namespace.as_flat())
 
 
 @contextmanager
 def _settings(
-    job: type, argv: Sequence[str], prog: str | None, defaults: str | None
+    job: type, argv: Sequence[str], prog: str | None, defaults: str | None, with_defaults: bool = True
 ) -> Iterator[tuple[jsonargparse.ArgumentParser, jsonargparse.Namespace]]:
     """The parser and what it read; what goes wrong with that, also inside, becomes a `UserError`."""
     arguments = list(argv)
@@ -92,7 +97,7 @@ def _settings(
     try:
         if defaults is not None:
             parser.set_defaults(yaml.safe_load(defaults))
-        namespace = parser.parse_args(arguments)
+        namespace = parser.parse_args(arguments, defaults=with_defaults)
         namespace.pop("config", None)
         yield parser, namespace
     except (jsonargparse.ArgumentError, argparse.ArgumentError, yaml.YAMLError, KeyError, AttributeError, TypeError) as error:

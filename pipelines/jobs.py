@@ -20,7 +20,8 @@ class TokenizerConfig:
 
     source: str = "train"
     """`train` learns a byte-level BPE of `model.vocab_size` ids from the captions; `init` is that of the weights `init`, and
-    the default with them; else a tokenizer.json, OpenAI's merges file, or a Hugging Face name."""
+    the default with them, also where a configuration says `train`; else a tokenizer.json, OpenAI's merges file, or a Hugging
+    Face name."""
     truncation: Truncation = "end"
     """`end` keeps the end token of a caption that is too long; `official` cuts it off, as MS-CLIP's own tokenizer does."""
 
@@ -92,8 +93,8 @@ class TrainJob:
 
     init: str | None = None
     """Weights to start from, instead of fresh ones: anything that `msclip.load` reads, on disk or a URL. Architecture,
-    tokenizer and pixels are then theirs by default; of `model`, only the input sizes (positions are interpolated) and what
-    concerns training alone may differ."""
+    tokenizer and pixels are then theirs by default; of `model`, only the input sizes (positions are interpolated), the loss
+    and what concerns training alone may differ, and pixels only where the command line itself says so."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The encoders and what they share."""
     data: DataConfig = field(default_factory=DataConfig)

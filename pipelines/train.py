@@ -86,15 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def new(arguments: list[str]) -> tuple[TrainJob, Weights | None]:
     """The job of a new run, and the weights that it starts from, if any."""
-    source = cli.values(TrainJob, arguments, prog="train")["init"]
-    start = defaults = None
+    said = cli.written(TrainJob, arguments, prog="train")
+    source, start, defaults = said.get("init"), None, None
     if source is not None:
-        start = starting.read(source, starting.said_activation(arguments))
-        starting.check_architecture(start, arguments, source)
+        start = starting.read(source, said.get("model.activation"))
+        starting.check_model(start.model.config, said, source)
         defaults = starting.defaults(start)
     job = cli.parse(TrainJob, arguments, prog="train", defaults=defaults)
-    if start is not None and job.tokenizer.source == "init":
-        starting.tokenizer(start, job)  # that it has none shows before anything starts
+    if start is not None:
+        job = starting.settled(start, job, cli.written(TrainJob, arguments, prog="train", files=False))
     # As every node sees it, and as a later --resume does, from another place or after more data were added.
     earlier = job.data.skip_quarantined
     earlier = Folder(earlier).url if earlier else None
@@ -156,6 +156,8 @@ def run(job: TrainJob, folder: Folder, resume: bool = False, start: Weights | No
             f"{job.cluster.num_workers} worker{'s' * (job.cluster.num_workers > 1)} on {'GPU' if use_gpu else 'CPU'}",
             flush=True,
         )
+        if start is not None:
+            print(starting.summary(start, job), flush=True)
         return fit(prepared, folder, total)
 
 

@@ -28,6 +28,8 @@ from msclip.errors import UserError
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+UNTOLD = "nothing in it tells its activation"
+"""How the refusal of a lone file begins that could be read if its activation were said."""
 HEAD_WIDTHS = {1280: 80}
 """Image towers by width whose heads do not have 64 channels: ViT-H."""
 
@@ -94,7 +96,7 @@ def read(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, overri
         raise UserError(f"its {CONFIG} is not open_clip's: {error!r}") from None
     if config is None and "activation" not in overrides:
         raise UserError(
-            "nothing in it tells its activation, and with the wrong one all features would be wrong. OpenAI's models and those "
+            f"{UNTOLD}, and with the wrong one all features would be wrong. OpenAI's models and those "
             "that open_clip names quickgelu have quick_gelu, open_clip's others gelu: say which to msclip.load, as "
             'activation="quick_gelu", or to the commands, as --activation quick_gelu (training: --model.activation)'
         )

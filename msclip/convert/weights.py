@@ -19,16 +19,11 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FRESH = {"logit_scale_init": 2.6592600369327779, "token_std": 0.02}
 """How CLIP's fresh weights differ from MS-CLIP's; no file says it, and a loaded model no longer needs it."""
-TRAINING_ONLY = {
-    *FRESH,
-    "checkpoint_blocks",
-    "dropout",
-    "freeze_image",
-    "freeze_text",
-    "logit_bias_init",
-    "logit_scale_learned",
-    "patch_dropout",
-}
+FRESH_ONLY = {*FRESH, "logit_bias_init"}
+"""Settings of fresh weights, which mean nothing to those that exist."""
+TRAINING = {"checkpoint_blocks", "dropout", "freeze_image", "freeze_text", "logit_scale_learned", "patch_dropout"}
+"""Settings of each training for itself."""
+TRAINING_ONLY = FRESH_ONLY | TRAINING
 """Settings that change no embedding, so that a layout need not hold them."""
 PLAIN = {
     "image_size",

@@ -1,29 +1,35 @@
 """Training from existing weights: what the file decides, what may differ, and what moves."""
 
+import io
+import re
 import shutil
+from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import msclip
 from msclip import checkpoint
-from msclip.config import ModelConfig
+from msclip.config import ModelConfig, ParallelFFN
 from msclip.convert.open_clip import WEIGHTS
 from msclip.convert.weights import CLIP_MEAN, CLIP_STD, Weights
 from msclip.convert.write import write
 from msclip.data.images import Preprocess
 from msclip.data.tokenizer import Tokenizer
+from msclip.presets import PRESETS
 from msclip.resize import resize_positions
+from msclip.sharing import SEPARATE, Sharing
 from msclip.storage import Folder
 from pipelines import cli, starting, train
 from pipelines.jobs import TrainJob
 from tests.drawn import TEXTS, captioned
-from tests.msclip.tiny_models import tiny
+from tests.msclip.tiny_models import SIZES, tiny
 
 STEPS, EVERY = 6, 3
 CONFIG: dict[str, Any] = {
@@ -53,6 +59,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(Weights("msclip", tiny(), Preprocess(32, CLIP_MEAN, CLIP_STD), None), folder / "openai.pt", "openai")
     write(Weights("msclip", tiny(), pixels, tokenizer), folder / "folder", "open_clip")
     shutil.copy(folder / "folder" / WEIGHTS[0], folder / "lone.safetensors")
+    state = load_file(folder / "lone.safetensors")
+    save_file({name: tensor for name, tensor in state.items() if name != "ln_final.bias"}, folder / "cut.safetensors")
     job = CONFIG | {"data": {"train": str(folder / "pairs.parquet")}, "run": {"storage": str(folder / "runs")}}
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
     return folder
@@ -136,12 +144,125 @@ def test_a_lone_state_dict_is_told_its_activation(folder: Path, activation: str)
     assert job.model.activation == weights.model.config.activation == activation
 
 
-def test_the_config_of_the_run_that_made_a_file_agrees_with_it(folder: Path, tmp_path: Path) -> None:
+def resolved(folder: Path, where: Path, **pixels: list[float]) -> list[str]:
+    """The arguments that name the config.yaml of the run that made the exported model, with other pixels if given."""
+    loaded = msclip.load(folder / "tiny.safetensors")
     values = yaml.safe_load((folder / "job.yaml").read_text())
-    values["model"] = msclip.load(folder / "tiny.safetensors").config.to_dict()
-    (tmp_path / "its.yaml").write_text(yaml.safe_dump(values))
-    job, _ = train.new(["--config", str(tmp_path / "its.yaml"), "--init", str(folder / "tiny.safetensors")])
+    values["model"] = loaded.config.to_dict()
+    values["tokenizer"] = {"source": "train", "truncation": "end"}
+    values["pixels"] = {k: v for k, v in loaded.preprocess.to_dict().items() if k != "image_size"} | pixels
+    (where / "its.yaml").write_text(yaml.safe_dump(values))
+    return ["--config", str(where / "its.yaml"), "--init", str(folder / "tiny.safetensors")]
+
+
+def test_the_config_of_the_run_that_made_a_file_agrees_with_it_and_means_its_tokenizer(folder: Path, tmp_path: Path) -> None:
+    job, weights = train.new(resolved(folder, tmp_path))
+    assert weights is not None
     assert job.model.dropout == 0.25
+    assert job.tokenizer.source == "init"
+    assert starting.other_pixels(weights, job) == []
+
+
+def test_pixels_of_another_run_are_refused_unless_the_command_line_says_them(folder: Path, tmp_path: Path) -> None:
+    arguments = resolved(folder, tmp_path, std=[0.5, 0.5, 0.5])
+    with pytest.raises(msclip.UserError, match=r"std is \[0.5, 0.5, 0.5\] in the configuration and \[0.4, 0.5, 0.6\] in"):
+        train.new(arguments)
+    job, weights = train.new([*arguments, "--pixels.std", "[0.5,0.5,0.5]"])
+    assert weights is not None
+    assert "pixels.std [0.5, 0.5, 0.5] instead of [0.4, 0.5, 0.6]" in starting.summary(weights, job)
+
+
+def test_another_tokenizer_must_have_as_many_ids_and_is_named(folder: Path, tmp_path: Path) -> None:
+    own = checkpoint.read(folder / "tiny.safetensors").tokenizer
+    assert own is not None
+    for name, tokenizer in (("own", own), ("fewer", Tokenizer.train(TEXTS * 3, 530, context_length=16))):
+        (tmp_path / f"{name}.json").write_text(tokenizer.to_json())
+    arguments = ["--config", str(folder / "job.yaml"), "--init", str(folder / "tiny.safetensors"), "--tokenizer.source"]
+    job, weights = train.new([*arguments, str(tmp_path / "own.json")])
+    assert weights is not None
+    assert f"tokenizer {tmp_path / 'own.json'} instead of its own" in starting.summary(weights, job)
+    with pytest.raises(msclip.UserError, match=rf"fewer.json has \d+ ids and the tokenizer of init .* {own.vocab_size}"):
+        train.new([*arguments, str(tmp_path / "fewer.json")])
+
+
+def test_one_line_says_what_a_run_took_and_what_it_has_otherwise(folder: Path) -> None:
+    sizes = ["--model.image_size", "48", "--model.context_length", "12", "--model.loss", "sigmoid"]
+    job, weights = train.new(["--config", str(folder / "job.yaml"), "--init", str(folder / "tiny.safetensors"), *sizes])
+    assert weights is not None
+    count = sum(parameter.numel() for parameter in weights.model.parameters())
+    assert starting.summary(weights, job) == (
+        f"starts from {folder / 'tiny.safetensors'}: no named model, layout msclip, {count:,} parameters; positions resized "
+        "(image_size 32 to 48, context_length 16 to 12); loss sigmoid instead of softmax; its tokenizer"
+    )
+    arguments = ["--init", str(folder / "openai.pt"), "--tokenizer.source", "train"]
+    job, weights = train.new(["--config", str(folder / "job.yaml"), *arguments])
+    assert weights is not None
+    assert "layout openai" in starting.summary(weights, job)
+    assert "a tokenizer learned from these captions, as it holds none" in starting.summary(weights, job)
+
+
+@pytest.mark.parametrize("name", ["clip_b32", "clip_rn50", "ms_clip_s_b32"])
+def test_a_named_model_is_called_by_its_name(folder: Path, name: str) -> None:
+    config = replace(PRESETS[name], dropout=0.5, logit_scale_init=1.5)
+    weights = Weights("openai", msclip.build(config, device="meta"), Preprocess(config.image_size), None)
+    assert f": {name}, layout openai, " in starting.summary(weights, TrainJob(model=config))
+
+
+@pytest.mark.parametrize("name", ["clip_b32", "ms_clip_b32", "ms_clip_s_b32", "ms_clip_s_b16", "ms_clip_s1"])
+def test_a_config_with_the_name_of_an_architecture_starts_from_no_other(name: str) -> None:
+    said = cli.written(TrainJob, ["--config", name])
+    own = starting.architecture(cli.parse(TrainJob, ["--config", name]).model)
+    for config in PRESETS.values():
+        if starting.architecture(config) == own:
+            starting.check_model(config, said, "x")
+        else:
+            with pytest.raises(msclip.UserError, match="of another architecture"):
+                starting.check_model(config, said, "x")
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        (Sharing(layers="last:2"), {"layers": "1,2"}),
+        (Sharing(layers="all"), {"layers": "first:3"}),
+        (SEPARATE, {"layers": "none", "attn": True, "ffn": True}),
+        (SEPARATE, {"layers": "all", "attn": False, "ffn": False}),
+    ],
+)
+def test_sharing_is_compared_by_what_is_shared(file: Sharing, said: dict[str, Any]) -> None:
+    config = ModelConfig(**{**SIZES, "sharing": file})
+    starting.check_model(config, {f"model.sharing.{name}": value for name, value in said.items()}, "x")
+    with pytest.raises(msclip.UserError, match=r"model\.sharing\.ln1 is False there and True here"):
+        starting.check_model(replace(config, sharing=Sharing()), {"model.sharing.ln1": True}, "x")
+
+
+def test_parallel_modules_are_compared_by_the_layers_beside_which_they_stand() -> None:
+    config = ModelConfig(**{**SIZES, "sharing": Sharing(layers="last:2"), "parallel_ffn": ParallelFFN("after")})
+    starting.check_model(config, {"model.parallel_ffn.layers": "1,2"}, "x")
+    with pytest.raises(msclip.UserError, match=r"model\.parallel_ffn\.layers is shared there and all here"):
+        starting.check_model(config, {"model.parallel_ffn.layers": "all"}, "x")
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ({}, {"model.logit_scale_init": 2.0}),
+        ({}, {"model.token_std": 0.5}),
+        ({"loss": "sigmoid"}, {"model.logit_bias_init": -7.0}),
+    ],
+)
+def test_how_fresh_weights_begin_is_refused_where_there_are_none(file: dict[str, Any], said: dict[str, float]) -> None:
+    config = ModelConfig(**{**SIZES, **file})
+    with pytest.raises(msclip.UserError, match=rf"{next(iter(said))} says how fresh weights begin"):
+        starting.check_model(config, said, "x")
+    own = {name.removeprefix("model."): value for name, value in said.items()}
+    starting.check_model(ModelConfig(**{**SIZES, **file, **own}), said, "x")
+
+
+def test_the_readme_lists_what_may_differ_from_the_weights() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    sentence = readme.split("What you do write of `model` must agree with it, except")[1].split("never taken from the file")[0]
+    assert set(re.findall(r"`(\w+)`", sentence)) == starting.FREE
 
 
 def test_the_tokenizer_is_the_files_for_captions_of_the_jobs_length(folder: Path) -> None:
@@ -162,11 +283,13 @@ def test_the_tokenizer_is_the_files_for_captions_of_the_jobs_length(folder: Path
             ("--init", "tiny.safetensors", "--model.width", "96", "--model.sharing.layers", "all", "--model.layers", "4"),
             "model.width is 64 there and 96 here; model.layers is 3 there and 4 here; model.sharing.layers is none there",
         ),
-        (("--init", "tiny.safetensors", "--config", "ms_clip_b32"), "model.sharing.layers is none there and all here"),
+        (("--init", "tiny.safetensors", "--config", "ms_clip_b32"), "model.patch_size is 16 there and 32 here"),
         (("--init", "tiny.safetensors", "--model.image_size", "40"), "model.image_size must be a multiple of model.patch_size"),
         (("--init", "lone.safetensors"), "--model.activation"),
         (("--init", "folder", "--model.activation", "gelu"), "model.activation is quick_gelu there and gelu here"),
+        (("--init", "cut.safetensors", "--model.activation", "gelu"), "the state dict lacks 1 tensors of this architecture"),
         (("--init", "openai.pt"), "hold no tokenizer: set tokenizer.source"),
+        (("--init", "tiny.safetensors", "--tokenizer.source", "train"), "tokenizer.source train would give other tokens"),
         (("--tokenizer.source", "init"), "init is null"),
         (("--init", "tiny.safetensors", "--tokenizer.source", "/no/merges.txt"), "/no/merges.txt"),
     ],
@@ -194,7 +317,9 @@ def finetuned(folder: Path, ray_session: None) -> Folder:
     shutil.copy(folder / "tiny.safetensors", folder / "gone.safetensors")
     arguments = ["--init", str(folder / "gone.safetensors"), "--run.name", "finetuned"]
     arguments += ["--model.image_size", "48", "--model.context_length", "12", "--model.freeze_text", "all"]
-    assert start(folder, *arguments) == 0
+    with redirect_stdout(io.StringIO()) as out:
+        assert start(folder, *arguments) == 0
+    assert f"\nstarts from {folder / 'gone.safetensors'}: " in out.getvalue()
     (folder / "gone.safetensors").unlink()
     return Folder(folder / "runs" / "finetuned")
 
