@@ -60,7 +60,8 @@ class ClusterConfig:
     autoscaling: bool = False
     """Wait for nodes that the autoscaler will add, instead of refusing more workers than the cluster has now."""
     max_failures: int = 3
-    """How many times lost workers are replaced; training then goes on from the newest checkpoint."""
+    """How many times lost workers are replaced; training then goes on from the newest checkpoint. An error before the first
+    step that the same settings would bring about again ends the job at once."""
     logs: bool = False
     """Show the workers' own output on this console."""
 

@@ -71,7 +71,12 @@ class Prepared:
     def check(self) -> None:
         """Builds the plan, the preprocessing and, without memory, the model; raises `UserError` for what cannot be."""
         _ = self.plan, self.preprocess
-        msclip.build(self.job.model, device="meta")
+        model = msclip.build(self.job.model, device="meta")
+        if not any(parameter.requires_grad for name, parameter in model.named_parameters() if name != "logit_bias"):
+            raise UserError(
+                f"nothing is left to learn with model.freeze_image {self.job.model.freeze_image}, model.freeze_text "
+                f"{self.job.model.freeze_text} and model.logit_scale_learned false; free some layers with none or first:N"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,9 +222,11 @@ def fit(prepared: Prepared, folder: Folder, total_steps: int) -> int:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    from pipelines import failures
     from pipelines.progress import Progress
 
     cluster = prepared.job.cluster
+    watch: Any = failures.Watch(folder)  # the annotations of RunConfig know the callbacks of Tune alone
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"prepared": prepared},
@@ -235,6 +242,7 @@ def fit(prepared: Prepared, folder: Folder, total_steps: int) -> int:
             storage_path=folder.path,
             storage_filesystem=folder.filesystem,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            callbacks=[watch],
         ),
     )
     handler = signal.getsignal(signal.SIGINT)
@@ -246,7 +254,7 @@ def fit(prepared: Prepared, folder: Folder, total_steps: int) -> int:
             print(f"\ninterrupted; go on with --resume {folder.url}", file=sys.stderr)
             return 130
         except TrainingFailedError as error:
-            raise TrainingError(explain(error, folder)) from error
+            raise TrainingError(failures.explain(error, folder)) from error
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, handler)
@@ -258,26 +266,15 @@ def fit(prepared: Prepared, folder: Folder, total_steps: int) -> int:
     return 0
 
 
-def explain(error: Exception, folder: Folder) -> str:
-    """One paragraph on why the workers could not go on."""
-    failures = getattr(error, "worker_failures", None) or {}
-    causes = [getattr(failure, "cause", failure) for failure in failures.values()] or [error.__cause__ or error]
-    first = next((c for c in causes if isinstance(c, UserError)), causes[0])
-    text = str(first).strip().splitlines()
-    return (
-        f"training failed with {type(first).__name__}: {text[-1] if text else 'no message'}. Workers' logs are in Ray's "
-        f"session folder (cluster.logs true shows them here); go on from the newest checkpoint with --resume {folder.url}"
-    )
-
-
 def train_worker(config: dict[Any, Any]) -> Any:
     """Runs in each training process. An error that all workers agree on is returned, so that it is not retried."""
     from msclip.training import agree, train
-    from pipelines import worker
+    from pipelines import failures, worker
 
     prepared: Prepared = config["prepared"]
     try:
-        setup = agree(lambda: worker.prepare(prepared))
+        with failures.marked():
+            setup = agree(lambda: worker.prepare(prepared))
         return train(**setup)
     except UserError as error:
         return {"error": str(error), "exit_status": error.exit_status}

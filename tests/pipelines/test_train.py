@@ -18,9 +18,10 @@ import pytest
 import yaml
 
 from msclip import checkpoint, metrics_log
-from msclip.errors import UserError
+from msclip.errors import TrainingError, UserError
 from msclip.storage import Folder
-from pipelines import cli, train
+from msclip.training import WAITING
+from pipelines import cli, failures, train
 from pipelines.claim import CLAIM, claimed
 from tests.drawn import TEXTS, captioned
 
@@ -45,6 +46,9 @@ CONFIG: dict[str, Any] = {
     "checkpoint": {"every_steps": EVERY, "every_minutes": None, "keep_optimizer": 9},
     "cluster": {"num_workers": 2, "use_gpu": False, "max_failures": 2},
 }
+
+
+FROZEN = ("--model.freeze_image", "all", "--model.freeze_text", "all", "--model.logit_scale_learned", "false")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +104,9 @@ def kill_a_worker_after(run: Folder, step: int, killed: list[int]) -> None:
         time.sleep(0.01)
 
 
-def test_after_a_worker_is_killed_every_later_batch_and_loss_is_the_unbroken_runs(folder: Path, unbroken: Folder) -> None:
+def test_after_a_worker_is_killed_every_later_batch_and_loss_is_the_unbroken_runs(
+    folder: Path, unbroken: Folder, capfd: pytest.CaptureFixture[str]
+) -> None:
     run, killed = Folder(folder / "runs" / "killed"), list[int]()
     killer = threading.Thread(target=kill_a_worker_after, args=(run, EVERY + 3, killed))
     killer.start()
@@ -111,6 +117,33 @@ def test_after_a_worker_is_killed_every_later_batch_and_loss_is_the_unbroken_run
     assert [record["step"] for record in curve(run)] == list(range(1, STEPS + 1))
     assert curve(run) == curve(unbroken)
     assert len(checkpoint.finished(run)) == STEPS // EVERY
+    assert re.search(r"^worker \d failed with \w+: ", capfd.readouterr().out, re.MULTILINE)
+
+
+def test_an_error_that_would_come_again_is_told_at_once_and_not_tried_again(
+    unbroken: Folder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = copied(unbroken, "senseless", until=EVERY)
+    newest = checkpoint.newest(run)
+    assert newest is not None
+    newest.write_text(checkpoint.STATE, json.dumps({"step": EVERY}))  # no plan: nothing that this library writes
+    assert cli.guard(lambda: train.main(["--resume", run.url])) == 1
+    error = capfd.readouterr().err
+    assert "training failed with KeyError: 'plan' (before the first step, so it is not tried again)" in error
+    assert "Traceback" not in error
+    assert run.url in error
+
+
+def test_only_what_would_come_again_stops_retries(tmp_path: Path) -> None:
+    watch = failures.Watch(Folder(tmp_path))
+    watch.after_exception(None, {1: RuntimeError("connection reset\nat frame 3"), 2: OSError("no route")})
+    assert json.loads((tmp_path / WAITING).read_text())["text"] == "worker 1 failed with RuntimeError: connection reset"
+    with pytest.raises(failures.Repeated, match="ValueError: empty") as raised, failures.marked():
+        raise ValueError("empty")
+    with pytest.raises(TrainingError, match=r"ValueError: empty .*not tried again"):
+        watch.after_exception(None, {0: RuntimeError("aborted"), 1: raised.value})
+    with pytest.raises(RuntimeError), failures.marked():
+        raise RuntimeError("connection reset")
 
 
 def test_data_that_one_worker_cannot_use_stop_both_in_one_paragraph(
@@ -176,6 +209,8 @@ def test_a_loss_that_is_not_finite_ends_in_one_paragraph(
         (("--model.vocab_size", "500"), "vocab_size"),
         (("--tokenizer.source", "/no/tokenizer.json"), "tokenizer"),
         (("--model.patch_size", "15"), "patch_size"),
+        (FROZEN, "nothing is left to learn"),
+        ((*FROZEN, "--model.loss", "sigmoid"), "nothing is left to learn"),
         (("--resume", "/no/such/run"), "--resume"),
     ],
 )
