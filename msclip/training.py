@@ -184,7 +184,7 @@ class Reporter:
         self.quarantine = Quarantine(run.folder, max_bad_fraction, writes=run.rank == 0)
         self.bad_rows = int(self.log.last.get("train/bad_rows", 0)) if self.log else 0
         self.retries = int(self.log.last.get("train/storage_retries", 0)) if self.log else 0
-        self.processes = 0
+        self.processes = self.remote_processes = 0
         self.restart()
 
     def restart(self) -> None:
@@ -208,6 +208,7 @@ class Reporter:
                 error = raised
             waited = batches.waits - before if isinstance(batches, Batches) else Waits(queue=time.perf_counter() - began)
             self.waits += waited
+            self.remote_processes = batches.remote_processes if isinstance(batches, Batches) else 0
             # Else the others would wait for this worker in their next exchange.
             if any_rank(error is not None):
                 raise next(e for e in all_gather_objects(error) if e is not None)
@@ -241,6 +242,7 @@ class Reporter:
             "rows": batch.rows,
             "bad_rows": self.bad_rows,
             "processes": self.processes,
+            "remote": self.remote_processes,
             "retries": (self.retries, repeated.take()),
         }
         reports = all_gather_objects(mine)
@@ -250,7 +252,7 @@ class Reporter:
         self.retries = reports[0]["retries"][0] + sum(report["retries"][1] for report in reports)
         times = max((report["times"] for report in reports), key=lambda each: sum(each[name] for name in Waits._fields))
         waited = sum(times[name] for name in Waits._fields) / elapsed
-        processes = sum(report["processes"] for report in reports)
+        processes, remote = (sum(report[kind] for report in reports) for kind in ("processes", "remote"))
         record = {
             "step": step,
             "epoch": float(batch.epoch),
@@ -261,7 +263,8 @@ class Reporter:
             "train/data_wait": waited,
             **{f"train/{part}_seconds": seconds / self.steps for part, seconds in times.items()},
             "train/decode_processes": processes,
-            "train/decode_processes_lacking": more_processes(processes, times["decode"] / elapsed),
+            "train/remote_decode_processes": remote,
+            "train/decode_processes_lacking": more_processes(processes + remote, times["decode"] / elapsed),
             "train/bad_rows": self.bad_rows,
             **{f"epoch/{name}": done for name, done in passes.items()},
             "train/storage_retries": self.retries,

@@ -176,7 +176,7 @@ class Recipe:
     def manifest(self) -> Manifest | Mixture:
         return pickle.loads(self.pickled_manifest)
 
-    @property
+    @cached_property
     def context_length(self) -> int:
         """Token ids of a caption."""
         return int(json.loads(self.tokenizer_json)["context_length"])

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from msclip.data.assembly import check_rows, pieces_of_batches, works_of_batch
 from msclip.data.decode import BadRow, Encoded, Recipe, Replaced
+from msclip.data.helpers import Crew, Helper, Helpers, Queue
 from msclip.data.images import Augment
 from msclip.data.mixture import Sources
 from msclip.data.plan import Plan
@@ -125,8 +126,8 @@ class _Filling:
         self.error: BaseException | None = None
         self.done, self._lock = threading.Event(), threading.Lock()
 
-    def finish(self, result: list[Replaced] | BaseException) -> None:
-        """Counts one part."""
+    def finish(self, result: list[Replaced] | BaseException) -> bool:
+        """Counts one part; returns whether it was the last."""
         with self._lock:
             if isinstance(result, BaseException):
                 self.error = result
@@ -137,18 +138,19 @@ class _Filling:
                 self.batch.bad.sort(key=lambda row: (row.shard, row.row_group, row.row))  # not by who was done first
                 self.done_at = time.perf_counter()
                 self.done.set()
+            return self.left == 0
 
 
 class _Pipeline:
     """What the threads of `Batches` share. It does not know `Batches`, so a forgotten one is collected and stops them."""
 
-    def __init__(self, slots: int):
+    def __init__(self, slots: int, prefetch: int):
         self.free: queue.SimpleQueue[tuple[int, Any] | None] = queue.SimpleQueue()
         """Slots of the memory, each with the event after which it may be written, if any; `None` at the end."""
         for slot in range(slots):
             self.free.put((slot, None))
-        self.parts: queue.SimpleQueue[tuple[_Filling, Work] | None] = queue.SimpleQueue()
-        """What decoders have to do, in order; `None` at the end."""
+        self.parts: Queue[tuple[_Filling, Work]] = Queue(enough=prefetch)
+        self.crew = Crew()
         self.ready: queue.SimpleQueue[_Filling | BaseException | None] = queue.SimpleQueue()
         self.stop = threading.Event()
         self.threads: list[threading.Thread] = []
@@ -182,8 +184,7 @@ def _read(
             pixels, token_ids = tensors
             works = works_of_batch(slot, pieces, part_rows)
             filling = _Filling(Batch(step, plan.epoch(step + 1), rows, pixels[slot], token_ids[slot], []), slot, len(works))
-            for work in works:
-                pipeline.parts.put((filling, work))
+            pipeline.parts.put([(filling, work) for work in works])
             pipeline.ready.put(filling)
     except BaseException as error:
         end = error
@@ -196,15 +197,38 @@ def _read(
 
 def _decode(pipeline: _Pipeline, decoder: Decoder) -> None:
     """A decoder's thread, which mostly waits for it."""
-    while not pipeline.stop.is_set():
-        part = pipeline.parts.get()
-        if part is None:
-            break
+    while (part := pipeline.parts.take()) is not None:
         filling, work = part
+        result: list[Replaced] | BaseException
         try:
-            filling.finish(decoder.decode(work))
+            result = decoder.decode(work)
         except BaseException as error:
-            filling.finish(error)
+            result = error
+        if filling.finish(result):
+            pipeline.parts.count_finished(1)
+
+
+def _watch(pipeline: _Pipeline, helpers: Helpers, own: int) -> None:
+    """The thread that has decoders on other machines hired when they are needed."""
+
+    def employ(helper: Helper, rank: int) -> None:
+        pipeline.run(_help, helper, rank, name="batches-help")
+
+    pipeline.crew.watch(helpers, own, pipeline.stop, employ)
+
+
+def _help(pipeline: _Pipeline, helper: Helper, rank: int) -> None:
+    """A helper's thread, which mostly waits for it."""
+
+    def do(part: tuple[_Filling, Work]) -> None:
+        filling, work = part
+        pixels, token_ids, replaced = helper.decode(work)
+        rows = slice(work.first, work.first + len(work.row))
+        filling.batch.pixels.numpy()[rows], filling.batch.token_ids.numpy()[rows] = pixels, token_ids
+        if filling.finish(replaced):
+            pipeline.parts.count_finished(1)
+
+    pipeline.crew.work(helper, rank, pipeline.parts, do, pipeline.stop)
 
 
 class Batches:
@@ -219,6 +243,7 @@ class Batches:
         processes: 0 decodes in a thread of this process.
         prefetch: finished batches that wait for the loop.
         device: batches for a GPU lie where it can copy them from without waiting.
+        helpers: where decoders on other machines come from, while those here keep the loop waiting.
     """
 
     waits: Waits
@@ -239,6 +264,7 @@ class Batches:
         processes: int = 0,
         prefetch: int = 2,
         device: torch.device | None = None,
+        helpers: Helpers | None = None,
     ):
         self.waits = Waits()
         self.on_wait, self.processes = _nothing, processes
@@ -248,7 +274,7 @@ class Batches:
         share = plan.global_batch // world_size
         slots = prefetch + 1 + _FILLING
         layout = Layout(slots, share, recipe.preprocess.image_size, recipe.context_length)
-        self._pipeline = pipeline = _Pipeline(slots)
+        self._pipeline = pipeline = _Pipeline(slots, prefetch)
         pool = Pool(recipe, layout, processes) if processes else None
         memory = pool.memory if pool else np.empty(layout.bytes, np.uint8)
         if self._on_gpu:
@@ -262,6 +288,13 @@ class Batches:
         pipeline.run(_read, plan, place, units, tensors, part_rows, name="batches-read")
         for decoder in pool.decoders if pool else [Inline(recipe, layout, memory)]:
             pipeline.run(_decode, decoder, name="batches-decode")
+        if helpers:
+            pipeline.run(_watch, helpers, max(1, processes), name="batches-watch")
+
+    @property
+    def remote_processes(self) -> int:
+        """Decoders on other machines that are at work now."""
+        return self._pipeline.crew.size
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -277,6 +310,8 @@ class Batches:
             self.close()
             raise StopIteration if error is None else error
         self.waits += _attributed(began, filling.fed_at, filling.done_at, time.perf_counter())
+        self._pipeline.crew.waited = self.waits.decode - self.waits.storage
+        self._pipeline.parts.count_finished(-1)
         self._last = filling
         return filling.batch
 
@@ -332,8 +367,8 @@ def _pin(memory: np.ndarray) -> None:
 def _stop(pipeline: _Pipeline, pool: Pool | None) -> None:
     pipeline.stop.set()
     pipeline.free.put(None)
-    for _ in pipeline.threads:
-        pipeline.parts.put(None)
+    pipeline.parts.end()
+    pipeline.crew.close()
     if pool:
         pool.close()
     deadline = time.monotonic() + 10

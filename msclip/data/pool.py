@@ -65,6 +65,16 @@ class Work(NamedTuple):
     """All files' bytes, in a few pieces, none empty; no file spans two."""
 
 
+class Decoded(NamedTuple):
+    """The rows of some work, made where the slots are not."""
+
+    pixels: np.ndarray
+    """(rows, size, size, 3) in uint8."""
+    token_ids: np.ndarray
+    """(rows, context) in int64."""
+    replaced: list[Replaced]
+
+
 class Decoder(Protocol):
     """Somebody who decodes one piece of work at a time, into the slots that it was made for."""
 
@@ -92,6 +102,14 @@ def decode_into(recipe: Recipe, work: Work, pixels: np.ndarray, token_ids: np.nd
     rows = slice(work.first, work.first + len(work.row))
     files = _cut(work.sizes, work.files)
     return recipe.decode(work.epoch, work.row, files, work.captions, pixels[work.slot, rows], token_ids[work.slot, rows])
+
+
+def decode_apart(recipe: Recipe, work: Work) -> Decoded:
+    """Decodes into arrays of its own."""
+    layout = Layout(1, len(work.row), recipe.preprocess.image_size, recipe.context_length)
+    pixels, token_ids = layout.arrays(np.empty(layout.bytes, np.uint8))
+    replaced = decode_into(recipe, work._replace(slot=0, first=0), pixels, token_ids)
+    return Decoded(pixels[0], token_ids[0], replaced)
 
 
 def _cut(sizes: np.ndarray, pieces: Sequence[Any]) -> Iterator[memoryview]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def read(manifest: Manifest, plan: Plan, *place: int) -> Iterator[Encoded]:
     return read_units(manifest, plan.units(*place), plan.seed)
 
 
-def kept(loader: Batches) -> list[Batch]:
+def kept(loader: Iterable[Batch]) -> list[Batch]:
     """All batches, out of the memory that the loader uses again."""
     return [replace(batch, pixels=batch.pixels.clone(), token_ids=batch.token_ids.clone()) for batch in loader]
 
