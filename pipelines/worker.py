@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import ray
 import torch
 
 import msclip
@@ -12,11 +13,13 @@ from msclip.data.decode import Recipe
 from msclip.data.loader import Batches
 from msclip.data.pool import cores
 from msclip.data.tokenizer import Tokenizer
+from msclip.distributed import all_gather_objects
 from msclip.engine import create_engine
 from msclip.errors import TrainingError, UserError
 from msclip.storage import Folder
 from msclip.training import agree
 from pipelines import starting
+from pipelines.decoding import RayHelpers
 from pipelines.session import RayRun
 from pipelines.stream import ray_units
 from pipelines.train import CONFIG, Prepared, plain, versions
@@ -80,13 +83,20 @@ def read_tensors(newest: Folder, averaged: bool) -> tuple[dict[str, Any], dict[s
 
 
 def read_batches(prepared: Prepared, run: RayRun, start_step: int, total_steps: int) -> Batches:
-    """This worker's share of every global batch, read by the cluster and decoded beside the worker."""
+    """This worker's share of every global batch, read by the cluster and decoded beside the worker as far as its cores go.
+
+    Collective.
+    """
     data, place = prepared.job.data, (run.rank, run.world_size, start_step, total_steps)
     sources, plan = prepared.data, prepared.plan
     recipe = Recipe.of(sources, prepared.preprocess, data.augment, prepared.tokenizer, plan.seed)
     processes = data.decode_processes or max(1, cores() // run.local_world_size)
+    helpers = None
+    if data.remote_decode_processes != 0:
+        nodes = all_gather_objects(ray.get_runtime_context().get_node_id())
+        helpers = RayHelpers(recipe, nodes, data.remote_decode_processes, prepared.job.cluster.autoscaling)
     units = ray_units(sources, plan, *place)
-    return Batches(plan, *place, units, recipe, processes=processes, prefetch=data.prefetch, device=run.device)
+    return Batches(plan, *place, units, recipe, processes=processes, prefetch=data.prefetch, device=run.device, helpers=helpers)
 
 
 def check_same_data(prepared: Prepared, state: dict[str, Any], newest: Folder) -> None:

@@ -68,6 +68,9 @@ class DataConfig:
     decode_processes: int | None = None
     """Processes that decode beside each training worker; null for one a core of its node, shared among the node's workers.
     They take what time training leaves."""
+    remote_decode_processes: int | None = None
+    """Most processes on nodes without training workers that decode for each worker, while its own keep training waiting; null
+    for what CPUs those nodes have, 0 for none."""
     prefetch: int = 2
     """Finished batches that wait for the training step, on each worker."""
 
@@ -80,6 +83,8 @@ class DataConfig:
             raise UserError(f"data.max_bad_fraction must be from 0 to 1, got {self.max_bad_fraction}")
         if self.decode_processes is not None and self.decode_processes < 1:
             raise UserError(f"data.decode_processes must be at least 1 or null, got {self.decode_processes}")
+        if self.remote_decode_processes is not None and self.remote_decode_processes < 0:
+            raise UserError(f"data.remote_decode_processes must be at least 0 or null, got {self.remote_decode_processes}")
         if self.prefetch < 1:
             raise UserError(f"data.prefetch must be at least 1, got {self.prefetch}")
 

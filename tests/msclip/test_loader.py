@@ -389,6 +389,7 @@ def test_settings_out_of_range_are_named() -> None:
         ({"lanes": 0}, r"data\.lanes"),
         ({"max_bad_fraction": 1.5}, r"data\.max_bad_fraction"),
         ({"decode_processes": 0}, r"data\.decode_processes"),
+        ({"remote_decode_processes": -1}, r"data\.remote_decode_processes"),
         ({"prefetch": 0}, r"data\.prefetch"),
     ):
         with pytest.raises(UserError, match=message):
