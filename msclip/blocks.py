@@ -5,12 +5,11 @@ encoder and everything between. Shared matrices see image and text rows in one p
 LayerNorms look at each modality by itself.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from msclip.config import ModelConfig
-from msclip.layers import MLP, dense_attention, packed_attention
+from msclip.layers import MLP, attention
 from msclip.parallel import beside
 from msclip.sharing import Modality, Paired
 from msclip.tokens import Tokens
@@ -33,15 +32,8 @@ class Attention(nn.Module):
         self.out_proj = Paired(lambda m: nn.Linear(widths[m], widths[m]), shared, modalities)
 
     def forward(self, rows: Float[Tensor, "rows width"], tokens: Tokens) -> Float[Tensor, "rows width"]:
-        split = tokens.split
-        qkv = self.in_proj(rows, split)
-        mixed = []
-        if tokens.images:
-            dense = qkv[:split].unflatten(0, (tokens.images, tokens.grid))
-            mixed.append(dense_attention(dense, self.num_heads["image"]).flatten(0, 1))
-        if tokens.text is not None:
-            mixed.append(packed_attention(qkv[split:], tokens.text, self.num_heads["text"], self.causal))
-        return self.out_proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed), split)
+        qkv = self.in_proj(rows, tokens.split)
+        return self.out_proj(attention(qkv, tokens, self.num_heads, self.causal), tokens.split)
 
 
 class Block(nn.Module):

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from msclip import kernels
 from msclip.config import AdapterNorm
-from msclip.stem import conv, strides
+from msclip.stem import ImageConv, conv, strides
 
 BOTTLENECK_BN_EPS = 1e-6  # the official bottlenecks differ here from every other BatchNorm of the model (1e-5)
 
@@ -21,7 +22,7 @@ class ConvStage(nn.Module):
 
     def __init__(self, out_channels: int, stride: int):
         super().__init__()
-        self.conv = conv(3, out_channels, 3, stride)
+        self.conv = ImageConv(out_channels, stride)
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +53,8 @@ class Bottleneck(nn.Module):
 class PatchSum(nn.Conv2d):
     """A depth-wise convolution whose kernel is its stride, as a weighted sum over patches.
 
-    The same numbers; cuDNN would transpose the whole map to its own layout before such a convolution and back after it.
+    The same numbers; cuDNN would transpose the whole map to its own layout before such a convolution and back after it. On a
+    GPU the sum has a kernel of its own, which reads the map once.
     """
 
     def __init__(self, channels: int, kernel_size: int):
@@ -60,6 +62,10 @@ class PatchSum(nn.Conv2d):
 
     def forward(self, x: Float[Tensor, "images channels size size"]) -> Float[Tensor, "images channels side side"]:
         k = self.kernel_size[0]
+        if kernels.usable(x.device):
+            from msclip.kernels.patch_sum import patch_sum  # Triton comes with PyTorch for GPUs alone
+
+            return patch_sum(x, self.weight.squeeze(1).permute(1, 2, 0)).permute(0, 3, 1, 2)
         patches = x.unflatten(3, (-1, k)).unflatten(2, (-1, k))  # (images, channels, side, k, side, k)
         return (patches * self.weight.to(x.dtype).view(-1, 1, k, 1, k)).sum((3, 5))
 
@@ -77,15 +83,19 @@ class Adapter(nn.Module):
         self.grid_bn = nn.BatchNorm2d(width)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
 
-    def forward(
-        self, tokens: Float[Tensor, "images grid width"], feature: Float[Tensor, "images channels size size"]
-    ) -> Float[Tensor, "images grid width"]:
-        side = round((tokens.shape[1] - 1) ** 0.5)
-        grid = tokens[:, 1:].transpose(1, 2).unflatten(2, (side, side))
+    def project(self, feature: Float[Tensor, "images channels size size"]) -> Float[Tensor, "images width side side"]:
+        """What a stage of the branch adds to the grid."""
         mixing = (self.branch_bn, self.branch_proj) if self.bn_first else (self.branch_proj, self.branch_bn)
         for part in (self.branch_conv, *mixing):
             feature = part(feature)
-        fused = self.grid_bn(self.grid_conv(grid)) + feature
+        return feature
+
+    def forward(
+        self, tokens: Float[Tensor, "images grid width"], projected: Float[Tensor, "images width side side"]
+    ) -> Float[Tensor, "images grid width"]:
+        """The tokens with what `project` made of a stage mixed in."""
+        grid = tokens[:, 1:].transpose(1, 2).unflatten(2, projected.shape[2:])
+        fused = self.grid_bn(self.grid_conv(grid)) + projected
         # The official code doubles the class token first; the LayerNorm cancels that factor.
         return self.norm(torch.cat([tokens[:, :1], fused.flatten(2).transpose(1, 2)], dim=1))
 
@@ -105,9 +115,10 @@ class ParallelBranch(nn.Module):
         )
 
     def forward(self, images: Float[Tensor, "images 3 size size"]) -> list[Tensor]:
-        """The output of each stage."""
-        features = []
-        for stage in self.stages:
-            images = stage(images)
-            features.append(images)
-        return features
+        """What each stage adds to the grid, (images, width, side, side)."""
+        projected, x = [], images
+        for stage, adapter in zip(self.stages, self.adapters, strict=True):
+            x = stage(x)
+            assert isinstance(adapter, Adapter)
+            projected.append(adapter.project(x))
+        return projected

@@ -1,13 +1,17 @@
 """What blocks are made of: activations, the feed-forward network, and attention over each kind of token.
 
-Images are dense and captions are packed, so attention is one function for each; everything else takes rows of either.
+Images are dense and captions are packed, so attention is one function for each; everything else takes rows of either. On a GPU
+one kernel serves both (`kernels/attention.py`).
 """
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from msclip.tokens import PackedText
+from msclip import kernels
+from msclip.sharing import Modality
+from msclip.tokens import PackedText, Tokens
 
 
 class QuickGELU(nn.Module):
@@ -33,10 +37,41 @@ class MLP(nn.Module):
         return self.proj(self.act(self.fc(x)))
 
 
+def attention(
+    qkv: Float[Tensor, "rows three_width"], tokens: Tokens, num_heads: dict[Modality, int], causal: bool
+) -> Float[Tensor, "rows width"]:
+    """Attention inside each image and inside each caption of a stream."""
+    if _kernel_serves(qkv, tokens, num_heads):
+        from msclip.kernels.attention import joint_attention  # Triton comes with PyTorch for GPUs alone
+
+        (heads,) = {num_heads[modality] for modality in tokens.modalities}
+        offsets = tokens.text.offsets if tokens.text else torch.zeros(1, dtype=torch.int32, device=qkv.device)
+        context = tokens.text.context if tokens.text else 0
+        return joint_attention(qkv, offsets, tokens.images, tokens.grid, context, heads, causal)
+    mixed = []
+    if tokens.images:
+        dense = qkv[: tokens.split].unflatten(0, (tokens.images, tokens.grid))
+        mixed.append(dense_attention(dense, num_heads["image"]).flatten(0, 1))
+    if tokens.text is not None:
+        mixed.append(packed_attention(qkv[tokens.split :], tokens.text, num_heads["text"], causal))
+    return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+
+
+def _kernel_serves(qkv: Tensor, tokens: Tokens, num_heads: dict[Modality, int]) -> bool:
+    """Whether the kernel for short sequences can serve these."""
+    heads = {num_heads[modality] for modality in tokens.modalities}
+    if not kernels.usable(qkv.device) or qkv.dtype not in (torch.bfloat16, torch.float16) or len(heads) > 1:
+        return False
+    context = tokens.text.context if tokens.text else 0
+    if tokens.grid > 128 and torch.cuda.get_device_capability(qkv.device) < (9, 0):
+        return False
+    return context <= 128 and qkv.shape[1] // (3 * max(heads)) in (16, 32, 64)
+
+
 def dense_attention(qkv: Float[Tensor, "images grid three_width"], num_heads: int) -> Float[Tensor, "images grid width"]:
     """Every token of an image sees every other."""
     # (images, grid, 3*width) -> q, k, v, each (images, heads, grid, head)
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, num_heads, -1)).unbind(2))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

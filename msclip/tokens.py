@@ -30,6 +30,8 @@ class PackedText:
     offsets: Int[Tensor, "captions+1"]
     """First token of each caption and the total, int32, as variable-length attention wants them."""
     max_length: int
+    context: int
+    """Tokens that a caption may have at most: unlike `max_length` the same for every batch."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -57,7 +59,7 @@ class PackedText:
     def only(self, rows: Int[Tensor, "captions"]) -> "PackedText":
         """One token of each caption."""
         count = torch.arange(len(self) + 1, device=self.ids.device)
-        return PackedText(self.ids[rows], self.positions[rows], count[:-1], count.int(), max_length=1)
+        return PackedText(self.ids[rows], self.positions[rows], count[:-1], count.int(), max_length=1, context=1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedText":
         """A copy on `device`."""
@@ -85,6 +87,7 @@ def pack(token_ids: Int[Tensor, "captions length"]) -> PackedText:
         padded=inside.flatten().nonzero().squeeze(1),
         offsets=torch.cat([zero, lengths.cumsum(0)]).int(),
         max_length=max_length,
+        context=token_ids.shape[1],
     )
 
 

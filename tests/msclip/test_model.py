@@ -79,7 +79,7 @@ def test_an_adapter_normalises_where_it_is_told_to(adapter_bn: Any) -> None:
     torch.manual_seed(0)
     adapter = Adapter(channels=4, width=6, kernel_size=2, norm_eps=1e-12, bn=adapter_bn).train()
     tokens, feature = torch.randn(3, 5, 6), torch.randn(3, 4, 4, 4)
-    fused = adapter(tokens, feature)
+    fused = adapter(tokens, adapter.project(feature))
 
     def normalised(x: torch.Tensor) -> torch.Tensor:
         mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), unbiased=False, keepdim=True)
