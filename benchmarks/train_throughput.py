@@ -59,7 +59,7 @@ class Case:
     accumulation_steps: int = 1
     precision: str = "bf16"
     compiled: bool = False
-    """Of a peer: whether through torch.compile."""
+    """Whether through torch.compile: of ours part by part, of a peer the whole model."""
     steps: int = 30
     warmup: int = 10
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -101,6 +101,7 @@ def our_step(case: Case, device: torch.device, rank: int) -> Callable[[int], obj
         device=device,
         zero_stage=case.zero_stage,
         precision="bf16" if case.precision == "bf16" else "fp32",
+        compiled=case.compiled,
     )
     part = case.batch // case.accumulation_steps
     batches = []
@@ -110,13 +111,21 @@ def our_step(case: Case, device: torch.device, rank: int) -> Callable[[int], obj
         images = torch.randint(256, shape, dtype=torch.uint8)
         images = images.pin_memory() if device.type == "cuda" else images
         batches.append([MicroBatch(i, pack(t)) for i, t in zip(images.split(part), ids.split(part), strict=True)])
-    return lambda step: engine.train_step(batches[step % BATCHES])
+    ahead = [engine.prepare(batches[0])]
+
+    def step(number: int) -> object:
+        ahead.append(engine.prepare(batches[(number + 1) % BATCHES]))
+        return engine.train_step(ahead.pop(0))
+
+    return step
 
 
 def encode_step(case: Case, device: torch.device) -> Callable[[int], object]:
     """`encode_image` as evaluation calls it."""
     config = preset(case.model, **case.overrides)
     model = msclip.build(config, device=device).eval()
+    if case.compiled:
+        model.compile_parts()
     images = torch.randn(case.batch, 3, config.image_size, config.image_size, device=device)
 
     def step(_: int) -> Tensor:
@@ -215,7 +224,7 @@ def measure(case: Case, rank: int, profile: str | None) -> dict[str, Any]:
             synchronise(device)
         by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
         Path(f"{profile}-rank{rank}.txt").write_text(
-            recorded.key_averages().table(sort_by=by, row_limit=60, max_name_column_width=90)
+            recorded.key_averages().table(sort_by=by, row_limit=300, max_name_column_width=90)
         )
     on_gpu = device.type == "cuda"
     return {
@@ -313,24 +322,27 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         for batch in options.batch:
             for gpus in options.gpus:
                 for zero_stage in options.zero:
-                    yield replace(
-                        common,
-                        model=model,
-                        batch=batch,
-                        gpus=gpus,
-                        zero_stage=zero_stage,
-                        accumulation_steps=options.accumulation,
-                        overrides=overrides,
-                    )
+                    for compiled in options.compiled:
+                        yield replace(
+                            common,
+                            model=model,
+                            batch=batch,
+                            gpus=gpus,
+                            zero_stage=zero_stage,
+                            accumulation_steps=options.accumulation,
+                            compiled=compiled and zero_stage != 3,
+                            overrides=overrides,
+                        )
         for batch in options.encode:
-            yield replace(common, kind="encode", model=model, batch=batch, overrides=overrides)
+            for compiled in options.compiled:
+                yield replace(common, kind="encode", model=model, batch=batch, compiled=compiled, overrides=overrides)
         for batch in options.loss:
             yield replace(common, kind="loss", model=model, batch=batch, overrides=overrides)
     for peer in options.peer:
         kind, _, model = peer.partition(":")
         for batch in options.batch:
             for gpus in options.gpus:
-                for compiled in (False, True):
+                for compiled in options.compiled:
                     yield replace(common, kind=kind, model=model, batch=batch, gpus=gpus, compiled=compiled)
 
 
@@ -345,6 +357,9 @@ def main() -> int:
     parser.add_argument("--encode", nargs="*", type=int, default=[], metavar="BATCH", help="also encode_image at these sizes")
     parser.add_argument("--loss", nargs="*", type=int, default=[], metavar="BATCH", help="also the loss alone at these sizes")
     parser.add_argument("--peer", nargs="*", default=[], metavar="open_clip:MODEL", help="the same batches through a peer")
+    parser.add_argument(
+        "--compiled", nargs="*", type=json.loads, default=[True], metavar="true|false", help="whether through torch.compile"
+    )
     parser.add_argument("--overrides", default="{}", help="model settings as JSON, such as '{\"checkpoint_blocks\": true}'")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--steps", type=int, default=30)
@@ -359,7 +374,8 @@ def main() -> int:
         records.append(record)
         options.output.write_text(json.dumps({**head, "cases": records}, indent=1) + "\n")  # a run cut short keeps these
         what = record.get("error") or f"{record['pairs_per_second_per_gpu']:,.0f} pairs/s a GPU, {record['step_ms']:.1f} ms"
-        print(f"{case.kind} {case.model} batch {case.batch} x {case.gpus} ZeRO {case.zero_stage}: {what}", flush=True)
+        how = "compiled" if case.compiled else "eager"
+        print(f"{case.kind} {case.model} batch {case.batch} x {case.gpus} ZeRO {case.zero_stage} {how}: {what}", flush=True)
     return int(any("error" in record for record in records))
 
 

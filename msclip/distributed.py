@@ -53,6 +53,12 @@ def gather_with_grad(x: Float[Tensor, "rows dim"]) -> Float[Tensor, "all_rows di
     return x if world_size() == 1 else _Gather.apply(x)
 
 
+@lru_cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which batches travel to a GPU, beside its work."""
+    return torch.cuda.Stream(device)
+
+
 def all_gather_objects(value: Any) -> list[Any]:
     """One picklable value from every rank, in rank order."""
     if world_size() == 1:

@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from msclip.distributed import copy_from_first_rank, mean_over_ranks, rank
+from msclip.distributed import copy_from_first_rank, copy_stream, mean_over_ranks, rank
 from msclip.ema import decay_at
 from msclip.engine_state import EngineState
 from msclip.errors import UserError
@@ -39,6 +39,26 @@ class MicroBatch(NamedTuple):
         """A copy on `device`; asynchronous from pinned memory."""
         return MicroBatch(self.pixels.to(device, non_blocking=True), self.text.to(device, non_blocking=True))
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All there are."""
+        return self.pixels, self.text.ids, self.text.positions, self.text.padded, self.text.offsets
+
+
+def normalised(
+    pixels: UInt8[Tensor, "batch size size 3"], mean: Tensor, std: Tensor, dtype: torch.dtype
+) -> Float[Tensor, "batch 3 size size"]:
+    """Images of `dtype`, computed in float32, channels last in memory."""
+    return ((pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std).to(dtype)
+
+
+class Prepared(NamedTuple):
+    """Micro batches whose way to the device has begun."""
+
+    micro_batches: Sequence[MicroBatch]
+    arrived: torch.cuda.Event | None
+    """When they are there; None for a device that copies at once."""
+
 
 class PixelModel(nn.Module):
     """The module an engine runs: pixels in, normalised there, float32 features out.
@@ -49,9 +69,12 @@ class PixelModel(nn.Module):
     mean: Float[Tensor, "3 1 1"]
     std: Float[Tensor, "3 1 1"]
 
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], precision: Precision):
+    def __init__(
+        self, model: nn.Module, mean: Sequence[float], std: Sequence[float], precision: Precision, compiled: bool = False
+    ):
         super().__init__()
         self.model = model
+        self._normalised = torch.compile(normalised) if compiled else normalised
         self.autocast = precision == "bf16"
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -60,10 +83,33 @@ class PixelModel(nn.Module):
         self, pixels: UInt8[Tensor, "batch size size 3"], text: PackedText
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"], Float[Tensor, "scale"]]:
         """Unit image and caption features, and the temperature, which a bias follows where the model has one."""
-        images = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        images = self._normalised(pixels, self.mean, self.std, torch.bfloat16 if self.autocast else torch.float32)
         with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             image_features, text_features, scale = self.model(images, text)
         return image_features.float(), text_features.float(), scale.float()
+
+
+class _Verdict(NamedTuple):
+    """Whether a step's update was applied, on its way from the device."""
+
+    flag: Tensor
+    known: torch.cuda.Event | None
+    metrics: Mapping[str, Tensor | float]
+    step: int
+
+    @staticmethod
+    def of(applied: bool | Tensor, metrics: Mapping[str, Tensor | float], step: int) -> "_Verdict":
+        if not isinstance(applied, Tensor):
+            return _Verdict(torch.tensor(applied), None, metrics, step)
+        flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(applied, non_blocking=True)
+        known = torch.cuda.Event()
+        known.record()
+        return _Verdict(flag, known, metrics, step)
+
+    def applied(self) -> bool:
+        if self.known is not None:
+            self.known.synchronize()
+        return bool(self.flag)
 
 
 class Engine:
@@ -84,25 +130,43 @@ class Engine:
         """Updates applied so far; the next `train_step` is number `step`."""
         self._stepper, self._config = stepper, config
         self._total_steps, self._seed = total_steps, seed
+        self._unsettled: _Verdict | None = None
         self._parameters = dict(self.model.named_parameters())
         self._state = EngineState(self.model, stepper, shapes, averaged=config.ema_decay is not None)
 
-    def train_step(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor | float]:
+    def prepare(self, micro_batches: Sequence[MicroBatch]) -> Prepared:
+        """Starts the copy of a step's micro batches to the device, beside what the device is doing.
+
+        From pinned memory, which may be written again once `copy_stream` has got there.
+        """
+        if self.device.type != "cuda":
+            return Prepared([micro_batch.on(self.device) for micro_batch in micro_batches], None)
+        with torch.cuda.stream(copy_stream(self.device)):
+            there = [micro_batch.on(self.device) for micro_batch in micro_batches]
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return Prepared(there, arrived)
+
+    def train_step(self, batch: Prepared | Sequence[MicroBatch]) -> dict[str, Tensor | float]:
         """One update from this rank's share of a global batch, as accumulation_steps micro batches of equal size.
 
-        Returns metrics, means over the ranks, for `read_metrics`: they stay on the device so that this call waits for
-        it only once, where the gradient is found to be finite. `train/temperature` and, for the sigmoid loss,
-        `train/logit_bias` are those of the loss, before the update. Raises `TrainingError`, on all ranks, instead of
-        applying a gradient that is not finite.
+        `batch` is best what `prepare` returned while the step before was under way.
+
+        Returns metrics, means over the ranks, for `read_metrics`: they stay on the device, so that this call need not wait
+        for it. `train/temperature` and, for the sigmoid loss, `train/logit_bias` are those of the loss, before the update.
+        A gradient that is not finite is not applied: `TrainingError` is raised, on all ranks, by this call, or, where that
+        is found out on the device, by `settle`, which the next call begins with.
         """
-        if len(micro_batches) != self._config.accumulation_steps:
-            raise ValueError(f"expected {self._config.accumulation_steps} micro batches, got {len(micro_batches)}")
+        prepared = batch if isinstance(batch, Prepared) else self.prepare(batch)
+        if len(prepared.micro_batches) != self._config.accumulation_steps:
+            raise ValueError(f"expected {self._config.accumulation_steps} micro batches, got {len(prepared.micro_batches)}")
         lr = set_learning_rates(self._stepper.param_groups, self.step, self._config, self._total_steps)
         seed_step(self._seed, self.step, rank())
         self.module.train()
         with measured("copy", self.device):
-            on_device = [micro_batch.on(self.device) for micro_batch in micro_batches]
+            on_device = self._arrived(prepared)
         result, scale = self._accumulate(on_device) if len(on_device) > 1 else self._backward(on_device[0])
+        self.settle()
         means = mean_over_ranks(torch.stack(result).detach())
         grad_norm, applied = self._stepper.apply()
         metrics: dict[str, Tensor | float] = {
@@ -113,9 +177,9 @@ class Engine:
             "train/grad_norm": grad_norm,
             "train/lr": lr,
         }
-        if not applied:
-            check_step(read_metrics(metrics), self.step)
-            raise AssertionError("an update was withheld although its gradient is finite")
+        self._unsettled = _Verdict.of(applied, metrics, self.step)
+        if not isinstance(applied, Tensor):
+            self.settle()
         logit_scale = self._parameters.get("logit_scale")
         if logit_scale is not None and logit_scale.requires_grad:
             self._stepper.cap(logit_scale, float(np.log(self._config.temperature_max)))
@@ -123,6 +187,23 @@ class Engine:
         if self._config.ema_decay is not None:
             self._state.average(decay_at(self.step, self._config.ema_decay))
         return metrics
+
+    def settle(self) -> None:
+        """Waits until the last step is done; raises `TrainingError` if its gradient was not finite, and not applied."""
+        verdict, self._unsettled = self._unsettled, None
+        if verdict is not None and not verdict.applied():
+            check_step(read_metrics(verdict.metrics), verdict.step)
+            raise AssertionError("an update was withheld although its gradient is finite")
+
+    @staticmethod
+    def _arrived(prepared: Prepared) -> Sequence[MicroBatch]:
+        if prepared.arrived is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(prepared.arrived)
+            for micro_batch in prepared.micro_batches:
+                for tensor in micro_batch.tensors:
+                    tensor.record_stream(stream)
+        return prepared.micro_batches
 
     def _backward(self, micro_batch: MicroBatch) -> tuple[ContrastiveResult, Tensor]:
         image_features, text_features, scale = self._stepper.forward(*micro_batch)
@@ -161,6 +242,7 @@ class Engine:
         number of updates behind the averages. BatchNorm's running statistics differ between ranks: they are averaged
         first, on the ranks too, so that a resumed run and the one that went on hold the same.
         """
+        self.settle()
         return self._state.read(self.step)
 
     def averaged_state(self) -> dict[str, Tensor]:
@@ -196,12 +278,15 @@ def create_engine(
     precision: Precision = "fp32",
     seed: int = 0,
     zero_options: Mapping[str, Any] | None = None,
+    compiled: bool = False,
+    save_memory: bool = False,
 ) -> Engine:
     """Puts `model` on `device`, with rank 0's weights, and makes it trainable.
 
     `zero_stage` None is plain PyTorch; 0 to 3 is DeepSpeed, which in a process without process group makes one of its own.
     `mean` and `std` normalise pixels scaled to 0..1. `micro_batch_size` is pairs a forward pass on one rank.
     `seed`, with step and rank, decides dropout. `zero_options` are further entries of DeepSpeed's `zero_optimization`.
+    `compiled` compiles the model's parts for the GPU, with `save_memory` as told by `Model.compile_parts`; not under stage 3.
     The model has `parameter_groups()`, and takes (images, text) to (image features, text features, temperature and bias
     if it has one).
     """
@@ -209,8 +294,12 @@ def create_engine(
         raise UserError(f"precision must be fp32 or bf16, got {precision}")
     if zero_stage not in (None, 0, 1, 2, 3):
         raise UserError(f"zero_stage must be null, 0, 1, 2 or 3, got {zero_stage}")
+    if compiled and zero_stage == 3:
+        raise UserError("training.compiled must be false or null with zero_stage 3, whose parameters come and go; got true")
     device = torch.device(device)
-    module = PixelModel(model, mean, std, precision).to(device)
+    if compiled:
+        model.compile_parts(save_memory)  # type: ignore[operator]
+    module = PixelModel(model, mean, std, precision, compiled).to(device)
     for tensor in (*model.parameters(), *model.buffers()):
         copy_from_first_rank(tensor.data)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}

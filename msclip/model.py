@@ -5,7 +5,8 @@ Training goes through `forward`, which sends images and packed captions through 
 transformer stands beside the stream and maps its input straight to embeddings.
 """
 
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from msclip.freezing import freeze
 from msclip.parallel import AttentionBeside, FFNBeside, beside
 from msclip.presets import preset
 from msclip.sharing import Paired
-from msclip.stem import Stem
+from msclip.stem import PatchEmbedding, Stem
 from msclip.tokens import PackedText, Tokens, pack
 from msclip.towers.cbow import CBOW
 from msclip.towers.modified_resnet import ModifiedResNet
@@ -33,7 +34,7 @@ class ImageInput(nn.Module):
         super().__init__()
         width, patch = config.width, config.patch_size
         self.image_size = config.image_size
-        self.patches = Stem(width, patch) if config.stem else nn.Conv2d(3, width, patch, patch, bias=False)
+        self.patches = Stem(width, patch) if config.stem else PatchEmbedding(width, patch)
         scale = width**-0.5
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         positions = (config.image_size // patch) ** 2 + 1
@@ -44,7 +45,7 @@ class ImageInput(nn.Module):
     def forward(self, images: Float[Tensor, "images 3 size size"]) -> Float[Tensor, "images grid width"]:
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(f"images must be (B, 3, {self.image_size}, {self.image_size}), got {tuple(images.shape)}")
-        grid = self.patches(images).flatten(2).transpose(1, 2)
+        grid = self.patches(images)
         first = self.class_embedding.to(grid.dtype).expand(len(grid), 1, -1)
         tokens = torch.cat([first, grid], dim=1) + self.positional_embedding
         if self.training and self.dropped:
@@ -68,6 +69,32 @@ class TextInput(nn.Module):
 
     def forward(self, text: PackedText) -> Float[Tensor, "tokens width"]:
         return self.token_embedding(text.ids) + self.positional_embedding[text.positions]
+
+
+class Parts(NamedTuple):
+    """The functions that take a model's time, as they are or compiled."""
+
+    enter: Callable[["Model", Tensor], tuple[Tensor, list[Tensor]]]
+    """Images to tokens, and to what each stage of the branch adds to them later."""
+    fuse: Callable[[nn.Module, Tokens, Tensor], Tokens]
+    """An adapter of the branch."""
+    layer: Callable[[nn.Module, Tokens], Tokens]
+    """A transformer layer."""
+
+
+def _enter(model: "Model", images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    return model.image_input(images), [] if model.branch is None else model.branch(images)
+
+
+def _fuse(adapter: nn.Module, tokens: Tokens, projected: Tensor) -> Tokens:
+    return tokens.with_image(adapter(tokens.image, projected))
+
+
+def _layer(block: nn.Module, tokens: Tokens) -> Tokens:
+    return block(tokens)
+
+
+PLAIN = Parts(_enter, _fuse, _layer)
 
 
 class Model(nn.Module):
@@ -102,6 +129,7 @@ class Model(nn.Module):
         self.logit_bias = nn.Parameter(torch.full((1,), config.logit_bias_init)) if config.loss == "sigmoid" else None
         initialise(self)
         self._frozen_norms = freeze(self)
+        self._parts: Parts = PLAIN
 
     def train(self, mode: bool = True) -> Self:
         """As of any module, but BatchNorms of frozen parts keep their statistics."""
@@ -110,17 +138,45 @@ class Model(nn.Module):
             norm.eval()
         return self
 
+    def compile_parts(self, save_memory: bool = False) -> None:
+        """Compiles what takes the time of a pass over images, part by part: the input, the branch, and a layer of each kind.
+
+        For GPUs; the first passes take a minute. The same weights and, but for rounding, the same numbers. With `save_memory`,
+        what costs no matrix product or convolution is computed again in the backward pass instead of being kept; this setting
+        is PyTorch's and holds for all that the process compiles.
+        """
+        if save_memory:
+            from torch._functorch import config
+
+            # PyTorch recomputes what its kernels can do in passing; these three keep it from what a matrix product reads.
+            config.ban_recompute_materialized_backward = False
+            config.ban_recompute_used_far_apart = config.ban_recompute_long_fusible_chains = False
+        from torch._dynamo import maybe_mark_dynamic  # a second to import
+
+        fuse, layer = torch.compile(_fuse), torch.compile(_layer)
+
+        def unsized(tokens: Tokens) -> Tokens:
+            """Captions are packed: their tokens are never as many twice."""
+            for tensor in (tokens.rows, *(() if tokens.text is None else (tokens.text.padded,))):
+                maybe_mark_dynamic(tensor, 0)
+            return tokens
+
+        self._parts = Parts(
+            torch.compile(_enter),
+            lambda adapter, tokens, projected: fuse(adapter, unsized(tokens), projected),
+            lambda block, tokens: layer(block, unsized(tokens)),
+        )
+
     def _run(self, images: Tensor | None, text: PackedText | None) -> tuple[Tensor | None, Tensor | None]:
-        image = None if images is None else self.image_input(images)
+        image, projected = (None, []) if images is None else self._parts.enter(self, images)
         tokens = Tokens.join(image, None if text is None else self.text_input(text), text)
-        features = [] if images is None or self.branch is None else self.branch(images)
         for layer, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            if features and self.branch is not None and layer in self.config.branch_layers:
+            if projected and self.branch is not None and layer in self.config.branch_layers:
                 stage = self.config.branch_layers.index(layer)
-                tokens = tokens.with_image(self.branch.adapters[stage](tokens.image, features[stage]))
+                tokens = self._parts.fuse(self.branch.adapters[stage], tokens, projected[stage])
             if any(m in tokens.modalities for m in block.modalities):
-                tokens = self._recomputed(block, tokens) if self.config.checkpoint_blocks else block(tokens)
+                tokens = self._recomputed(block, tokens) if self.config.checkpoint_blocks else self._parts.layer(block, tokens)
         pooled = tokens.pooled(self.config.text_pool)
         for module in self.pooled.values():
             pooled = pooled.with_rows(pooled.rows + self.dropout(module(pooled)))
@@ -128,10 +184,10 @@ class Model(nn.Module):
         embedded = self.projection(self.final_norm(rows, split), split)
         return (None if images is None else embedded[:split]), (None if text is None else embedded[split:])
 
-    @staticmethod
-    def _recomputed(block: Block, tokens: Tokens) -> Tokens:
+    def _recomputed(self, block: Block, tokens: Tokens) -> Tokens:
         # The rows go in as a tensor: its device is the one whose random state is kept, for the same dropout in both passes.
-        rows = checkpoint(lambda rows: block(tokens.with_rows(rows)).rows, tokens.rows, use_reentrant=False)
+        layer = self._parts.layer
+        rows = checkpoint(lambda rows: layer(block, tokens.with_rows(rows)).rows, tokens.rows, use_reentrant=False)
         assert isinstance(rows, Tensor)
         return tokens.with_rows(rows)
 

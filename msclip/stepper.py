@@ -33,8 +33,11 @@ class Stepper(Protocol):
         """Adds a micro batch's gradient; called accumulation_steps times before `apply`."""
         ...
 
-    def apply(self) -> tuple[Tensor, bool]:
-        """The gradient's norm before clipping, and whether it was finite; only then are weights updated."""
+    def apply(self) -> tuple[Tensor, bool | Tensor]:
+        """The gradient's norm before clipping, and whether it was finite; only then are weights updated.
+
+        The answer is a tensor where the host did not wait for it.
+        """
         ...
 
     def cap(self, parameter: nn.Parameter, maximum: float) -> None:
@@ -81,10 +84,10 @@ class WholeParameters:
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
-    def _clip(self) -> tuple[Tensor, bool]:
-        """Norm of the gradient, which is clipped in place, and whether it is finite; waits for the device."""
+    def _clip(self) -> tuple[Tensor, Tensor]:
+        """Norm of the gradient, which is clipped in place, and whether it is finite."""
         norm = nn.utils.clip_grad_norm_(self._trained(), self._clip_grad_norm)
-        return norm, bool(norm.isfinite())
+        return norm, norm.isfinite()
 
     @torch.no_grad()
     def cap(self, parameter: nn.Parameter, maximum: float) -> None:
@@ -123,13 +126,20 @@ class PlainStepper(WholeParameters):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def apply(self) -> tuple[Tensor, bool]:
+    def apply(self) -> tuple[Tensor, bool | Tensor]:
         self._average_gradients()
         norm, finite = self._clip()
-        if finite:
+        applied: bool | Tensor = finite
+        if self._optimizer.defaults["fused"]:
+            # What fused AdamW asks for mixed precision: where this is 1, it leaves everything as it is. Nobody need wait.
+            self._optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
             self._optimizer.step()
+        else:
+            applied = bool(finite)
+            if applied:
+                self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return norm, finite
+        return norm, applied
 
     def _average_gradients(self) -> None:
         if world_size() == 1:

@@ -114,9 +114,10 @@ class Zero0Stepper(_DeepSpeedPasses, WholeParameters):
     def apply(self) -> tuple[Tensor, bool]:
         """DeepSpeed would apply any gradient, so it is asked only when that is finite."""
         norm, finite = self._clip()
-        if finite:
+        applied = bool(finite)
+        if applied:
             self._engine.step()
-        return norm, finite
+        return norm, applied
 
 
 class ZeroStepper(_DeepSpeedPasses):

@@ -16,9 +16,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from msclip import kernels
 from msclip.data.loader import BadRow, Batch, Batches, Waits
 from msclip.distributed import all_gather_objects, any_rank, first_ranks_object
-from msclip.engine import Engine, MicroBatch, read_metrics
+from msclip.engine import Engine, MicroBatch, Prepared, read_metrics
 from msclip.errors import UserError
 from msclip.metrics_log import MetricsLog
 from msclip.quarantine import Quarantine
@@ -44,7 +45,13 @@ class TrainingConfig:
     """Arithmetic of the encoders; parameters, loss and optimiser are always float32."""
     zero_stage: Literal[0, 1, 2, 3] | None = 1
     """What DeepSpeed ZeRO spreads over the workers: 0 nothing, 1 optimiser, 2 gradients too, 3 parameters too; null for
-    plain PyTorch."""
+    plain PyTorch, which also serves a single worker."""
+    compiled: bool | None = None
+    """Whether torch.compile makes the model faster, half as fast again or more, for a minute's wait at the start; null for
+    yes on GPUs that can, and never under `zero_stage` 3."""
+    save_memory: bool = False
+    """Of a compiled model: compute again in the backward pass, instead of keeping, what takes no matrix product. See also
+    `model.checkpoint_blocks`."""
     seed: int = 0
     """Of weights, sample order, augmentation and dropout."""
     log_every_steps: int = 10
@@ -60,6 +67,18 @@ class TrainingConfig:
                 raise UserError(f"training.{name} must be at least {least}, got {value}")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise UserError(f"training.epochs must be positive, got {self.epochs}")
+
+        if self.save_memory and (self.compiled is False or self.zero_stage == 3):
+            raise UserError(
+                "training.save_memory is for a compiled model: training.compiled must be true or null, and training.zero_stage "
+                f"not 3; got {json.dumps(self.compiled)} and {self.zero_stage}. For any model there is model.checkpoint_blocks"
+            )
+        if self.compiled and self.zero_stage == 3:
+            raise UserError("training.compiled must be null or false with training.zero_stage 3, got true")
+
+    def compiles(self, device: torch.device) -> bool:
+        """Whether this device's part of the training is compiled."""
+        return (kernels.usable(device) and self.zero_stage != 3) if self.compiled is None else self.compiled
 
     def total_steps(self, rows: int) -> int:
         """Steps of the whole run over `rows` pairs an epoch."""
@@ -121,6 +140,18 @@ def micro_batches(batch: Batch, count: int) -> Sequence[MicroBatch]:
     return [MicroBatch(pixels, pack(token_ids)) for pixels, token_ids in parts]
 
 
+def prepared_ahead(engine: Engine, batches: Iterable[Batch], accumulation_steps: int) -> Iterator[tuple[Batch, Prepared]]:
+    """Each batch on its way to the device, one step before it is needed."""
+    last: tuple[Batch, Prepared] | None = None
+    for batch in batches:
+        this = batch, engine.prepare(micro_batches(batch, accumulation_steps))
+        if last:
+            yield last
+        last = this
+    if last:
+        yield last
+
+
 def train(
     run: Run,
     engine: Engine,
@@ -152,11 +183,14 @@ def train(
     record: dict[str, Any] = {}
     step, saved_at = start_step, time.monotonic()
     try:
-        for step, batch in enumerate(reporter.timed(batches), start_step + 1):
-            metrics = engine.train_step(micro_batches(batch, accumulation_steps))
+        for step, (batch, prepared) in enumerate(
+            prepared_ahead(engine, reporter.timed(batches), accumulation_steps), start_step + 1
+        ):
+            metrics = engine.train_step(prepared)
             reporter.count(batch)
             due = step == total_steps or (checkpoints.every_steps is not None and step % checkpoints.every_steps == 0)
             if due or step % config.log_every_steps == 0:
+                engine.settle()  # before: a step that failed has no record
                 record = reporter.report(step, batch, metrics, passes(step))
                 late = checkpoints.every_minutes is not None and time.monotonic() - saved_at > 60 * checkpoints.every_minutes
                 if first_ranks_object(due or late):

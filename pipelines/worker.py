@@ -55,9 +55,11 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
         total_steps=total_steps,
         micro_batch_size=training.global_batch // run.world_size // optim.accumulation_steps,
         device=run.device,
-        zero_stage=training.zero_stage,
+        zero_stage=training.zero_stage if run.world_size > 1 else None,  # one worker has nobody to spread anything over
         precision=training.precision,
         seed=training.seed,
+        compiled=training.compiles(run.device),
+        save_memory=training.save_memory,
     )
     if newest:
         engine.load_full_state(tensors[0], tensors[1], start_step, tensors[2])

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -38,6 +39,8 @@ WORK_ROWS = 64
 PATIENCE_SECONDS = 5.0
 _FILLING = 2
 """Batches that decoders work on, beside those that are ready."""
+_LENT = 2
+"""Batches in the loop's hands: that of the running step, and the next, on its way to the GPU."""
 
 
 @dataclass(frozen=True)
@@ -239,8 +242,8 @@ def _help(pipeline: _Pipeline, helper: Helper, rank: int) -> None:
 class Batches:
     """Batches start_step to stop_step of a rank, decoded ahead by `processes` processes.
 
-    An iterator. Errors of reading or decoding are raised where the batch would have come. `close` it when stopping early; at
-    interpreter exit it closes itself.
+    An iterator; a batch may be used until the next but one is asked for. Errors of reading or decoding are raised where the
+    batch would have come. `close` it when stopping early; at interpreter exit it closes itself.
 
     Args:
         stop_step: `None` for a stream without end.
@@ -275,9 +278,9 @@ class Batches:
         self.on_wait, self.processes = _nothing, processes
         self._on_gpu = device is not None and device.type == "cuda"
         self._done = False
-        self._last: _Filling | None = None
+        self._lent: deque[_Filling] = deque()
         share = plan.global_batch // world_size
-        slots = prefetch + 1 + _FILLING
+        slots = prefetch + _LENT + _FILLING
         layout = Layout(slots, share, recipe.preprocess.image_size, recipe.context_length)
         self._pipeline = pipeline = _Pipeline(slots, prefetch)
         pool = Pool(recipe, layout, processes) if processes else None
@@ -317,7 +320,7 @@ class Batches:
         self.waits += _attributed(began, filling.fed_at, filling.done_at, time.perf_counter())
         self._pipeline.crew.waited = self.waits.decode - self.waits.storage
         self._pipeline.parts.count_finished(-1)
-        self._last = filling
+        self._lent.append(filling)
         return filling.batch
 
     def _next(self, began: float) -> _Filling | BaseException | None:
@@ -332,14 +335,13 @@ class Batches:
         return filling
 
     def _release(self) -> None:
-        """The last batch's memory may be filled again; where a GPU copies from it, when it has."""
-        if self._last:
+        """Memory of the batch before the last may be filled again; where a GPU copies from it, when it has."""
+        if len(self._lent) == _LENT:
             event = None
             if self._on_gpu:
                 event = torch.cuda.Event()
                 event.record()
-            self._pipeline.free.put((self._last.slot, event))
-            self._last = None
+            self._pipeline.free.put((self._lent.popleft().slot, event))
 
     def close(self) -> None:
         """Ends the stream and the processes; waits until the unit being read has come, at most 10 s."""

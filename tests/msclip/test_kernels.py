@@ -1,0 +1,145 @@
+"""Triton's kernels against the plain functions they stand for, on Triton's interpreter; and what else is faster on a GPU.
+
+Where PyTorch is a CPU build, as in CI, there is no Triton unless it is installed beside it.
+"""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import msclip
+from msclip.stem import PatchEmbedding, window_product
+from msclip.tokens import pack
+
+ROOT = Path(__file__).parents[2]
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: it comes with PyTorch for GPUs")
+
+ATTENTION = """
+import torch
+from msclip.kernels.attention import joint_attention
+from msclip.layers import dense_attention, packed_attention
+from msclip.tokens import pack
+
+torch.manual_seed(0)
+cases = [
+    (3, 50, [1, 18, 77, 32, 33, 64, 65, 5], 2, 16, True),  # every tile, and the lengths at its edges
+    (2, 128, [3, 4], 1, 32, False),  # captions that see all of themselves
+    (0, 0, [7, 2], 2, 16, True),
+    (2, 10, [], 2, 16, True),
+]
+for images, grid, lengths, heads, channels, causal in cases:
+    ids = torch.zeros(len(lengths), 77, dtype=torch.long)
+    for row, length in zip(ids, lengths):
+        row[: length - 1], row[length - 1] = 1, 9
+    text = pack(ids) if lengths else None
+    offsets = text.offsets if text else torch.zeros(1, dtype=torch.int32)
+    rows = images * grid + sum(lengths)
+    qkv = torch.randn(rows, 3 * heads * channels).half().requires_grad_()
+    mixed = joint_attention(qkv, offsets, images, grid, 77, heads, causal)
+    gradient = torch.randn_like(mixed)
+    mixed.backward(gradient)
+    plain = qkv.detach().float().requires_grad_()
+    parts = []
+    if images:
+        dense = plain[: images * grid].unflatten(0, (images, grid))
+        parts.append(dense_attention(dense, heads).flatten(0, 1))
+    if text:
+        parts.append(packed_attention(plain[images * grid :], text, heads, causal))
+    expected = torch.cat(parts)
+    expected.backward(gradient.float())
+    # Half precision keeps 11 bits: results of size 4 are rounded by up to 0.002.
+    torch.testing.assert_close(mixed.float(), expected, rtol=1e-3, atol=2e-3)
+    torch.testing.assert_close(qkv.grad.float(), plain.grad, rtol=1e-3, atol=4e-3)
+"""
+
+PATCH_SUM = """
+import torch
+from msclip.branch import PatchSum
+from msclip.kernels.patch_sum import patch_sum
+
+torch.manual_seed(0)
+for images, channels, side, k in [(2, 3, 2, 4), (3, 6, 3, 2), (2, 5, 2, 1), (1, 48, 2, 16)]:
+    module = PatchSum(channels, k)
+    x = torch.randn(images, channels, side * k, side * k).to(memory_format=torch.channels_last).requires_grad_()
+    expected = module(x)
+    gradient = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, (x, module.weight), gradient)
+    y = patch_sum(x, module.weight.squeeze(1).permute(1, 2, 0)).permute(0, 3, 1, 2)
+    found = torch.autograd.grad(y, (x, module.weight), gradient)
+    for got, want in zip((y, *found), (expected, *wanted)):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize("script", [ATTENTION, PATCH_SUM], ids=["attention", "patch_sum"])
+def test_a_kernel_equals_the_plain_function(script: str) -> None:
+    # The interpreter has to be chosen before Triton is imported.
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"TRITON_INTERPRET": "1", "PYTHONPATH": ":".join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("size", "stride", "images"), [(8, 2, 3), (9, 2, 1), (7, 1, 2)])
+def test_the_matrix_product_of_windows_is_the_convolution(size: int, stride: int, images: int) -> None:
+    torch.manual_seed(size)
+    x = torch.randn(images, 3, size, size)
+    weight = torch.randn(5, 3, 3, 3, requires_grad=True)
+    expected = F.conv2d(x, weight, stride=stride, padding=1)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), weight)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = window_product(x.contiguous(memory_format=layout), weight, stride)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        (got,) = torch.autograd.grad(found.square().sum(), weight)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_the_patch_embedding_is_the_convolution_that_its_weights_are_saved_as() -> None:
+    torch.manual_seed(0)
+    embedding, x = PatchEmbedding(6, 4), torch.randn(2, 3, 12, 12)
+    expected = nn.Conv2d.forward(embedding, x).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(embedding(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_compiled_parts_compute_the_same_and_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")  # all but the generation of code, which wants a GPU
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=counter, fullgraph=True))
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    small = {"width": 32, "text_width": 32, "num_heads": 2, "text_heads": 2, "layers": 3, "text_layers": 3, "embed_dim": 16}
+    plain = msclip.create_model("ms_clip_stem_b32", image_size=32, context_length=12, sharing={"layers": "last:2"}, **small)
+    compiled = msclip.build(plain.config)
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile_parts()
+    images, frames = torch.randn(3, 3, 32, 32), []
+    for lengths in ([4, 7, 12], [3, 5, 11], [12, 2, 2], [1, 2, 1]):
+        ids = torch.zeros(3, 12, dtype=torch.long)
+        for row, length in zip(ids, lengths, strict=True):
+            row[: length - 1], row[length - 1] = 1, 9
+        results = []
+        for model in (plain, compiled):
+            model.zero_grad()
+            image, text, _ = model(images, pack(ids))
+            (image @ text.T).square().sum().backward()
+            gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+            results.append((image.detach(), text.detach(), gradients))
+        torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+        frames.append(counter.frame_count)
+    # The input, a layer of both kinds of tokens, a layer of text. Plain attention looks at the longest caption, once more each.
+    assert frames[0] == 3
+    assert frames[1] == frames[3] <= 5
