@@ -45,13 +45,13 @@ def deepspeed_stepper(
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    # DeepSpeed's 5e8 elements would be a buffer of 2 GB, four times the gradients of the paper's model.
-    bucket = min(int(5e8), sum(parameter.numel() for parameter in module.parameters()))
+    # DeepSpeed's 5e8 elements are all gradients of the paper's model and more: nothing would be sent before the last is known.
+    bucket = min(int(3e7), sum(parameter.numel() for parameter in module.parameters()))
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps,
         "gradient_clipping": config.clip_grad_norm or 0.0,  # 0: no limit
-        "zero_optimization": {"reduce_bucket_size": bucket, **zero_options, "stage": zero_stage},
+        "zero_optimization": {"reduce_bucket_size": bucket, "overlap_comm": True, **zero_options, "stage": zero_stage},
         "steps_per_print": 10**9,
     }
     if zero_stage == 0:
