@@ -28,7 +28,7 @@ from msclip.data.prepare import CaptionRules, Format, ImageRules
 from msclip.data.queries import Queries
 from msclip.data.selection import Deduplicate
 from msclip.data.shards import Manifest, newest
-from msclip.data.sources import BYTES_NAMES, Source, open_source
+from msclip.data.sources import BYTES_NAMES, Source, holds_bytes, open_source
 from msclip.data.statistics import Statistics
 from msclip.errors import UserError
 from msclip.storage import Folder
@@ -180,12 +180,12 @@ def _evaluation_groups(spec: str) -> list[Known]:
     known = []
     for file in files:
         footer = read_footer(folder, file)[0]
-        names = footer.schema.to_arrow_schema().names
-        column = next((name for name in BYTES_NAMES if name in names), None)
+        columns = {field.name: field.type for field in footer.schema.to_arrow_schema()}
+        column = next((name for name in BYTES_NAMES if name in columns and holds_bytes(columns[name])), None)
         if column is None:
             raise UserError(
-                f"decontaminate {spec!r}: {file} has none of the usual image columns {', '.join(BYTES_NAMES)}, but "
-                f"{', '.join(names)}"
+                f"decontaminate {spec!r}: {file} has the bytes of images in none of the usual columns "
+                f"{', '.join(BYTES_NAMES)}, but has {', '.join(f'{name} ({kind})' for name, kind in columns.items())}"
             )
         known += [Known(folder, file, group, column) for group in range(footer.num_row_groups)]
     return known

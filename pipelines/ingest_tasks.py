@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,10 +201,11 @@ class Work:
             if not hashed:
                 image = cells[known.image_column]
                 data = image.get("bytes") if isinstance(image, dict) else image
-                try:
-                    cells |= {"sha256": content_hash(data or b""), "phash": perceptual_hash(open_image(data or b""))}
-                except BadImage:
-                    cells["phash"] = None
+                if not data:
+                    continue  # nothing that a row could repeat
+                cells |= {"sha256": content_hash(data), "phash": None}
+                with suppress(BadImage):  # then only the very same file is found again
+                    cells["phash"] = perceptual_hash(open_image(data))
             found = self.queries.matches(texts(cells.get("captions"))) if self.queries else []
             key = cells.get("key") or f"{known.file}/{known.row_group}/{index}"
             line = {"unit": number, "queries": found, "key": str(key)}

@@ -362,14 +362,18 @@ class ParquetSource:
                 yield Row(image, captions, key, str(source), Refused(file, row, group, key, reason))
 
 
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a column of this type can hold image files: binary, or a struct with `bytes` as Hugging Face writes it."""
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
 def _check_types(schema: pa.Schema, image: str, caption: str, where: str) -> None:
     for setting, name in (("image_column", image), ("caption_column", caption)):
         if name not in schema.names:
             raise UserError(f"{setting} is {name!r}, but {where} has only the columns {', '.join(schema.names)}")
-    kind = schema.field(image).type
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+    if not holds_bytes(kind := schema.field(image).type):
         raise UserError(
             f"image_column {image!r} of {where} is of type {kind}; it must hold the bytes of image files "
             "(binary, or a struct with bytes)"

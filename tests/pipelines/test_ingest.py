@@ -552,7 +552,7 @@ def test_shards_without_a_manifest_are_no_data_set(photos: Path, tmp_path: Path)
         (["--input", "{}/photos", "--pairs_per_query", "9"], "pairs_per_query is only used with queries"),
         (["--input", "{}/photos", "--queries", "{}/none.txt"], "queries must be a text file"),
         (["--input", "{}/photos", "--decontaminate", "{}/none.parquet"], "none.parquet' do not exist"),
-        (["--input", "{}/photos", "--decontaminate", "{}/parquet", "{}/texts.parquet"], "none of the usual image columns"),
+        (["--input", "{}/photos", "--decontaminate", "{}/parquet", "{}/texts.parquet"], "in none of the usual columns"),
         (["--input", "{}/photos", "--output", "{}/photos"], "output must not be or hold the input"),
         (["--input", "{}/parquet/part-*.parquet", "--output", "{}"], "output must not be or hold the input"),
         (["--input", "{}/photos", "--output", "{}/parquet"], "must be empty"),
