@@ -27,13 +27,13 @@ from msclip.data.parquet import find, read_footer
 from msclip.data.prepare import CaptionRules, Format, ImageRules
 from msclip.data.queries import Queries
 from msclip.data.selection import Deduplicate
-from msclip.data.shards import Manifest, newest
+from msclip.data.shards import Manifest, newest, versions
 from msclip.data.sources import BYTES_NAMES, Source, holds_bytes, open_source
 from msclip.data.statistics import Statistics
 from msclip.errors import UserError
 from msclip.storage import Folder
 from pipelines import cli, data_page, session
-from pipelines.ingest_folder import QUARANTINE, check_output, clear, discard_shards, ingesting
+from pipelines.ingest_folder import QUARANTINE, check_output, check_shards, clear, discard_shards, ingesting
 from pipelines.ingest_plan import Decision, write_records
 from pipelines.ingest_run import Cluster
 from pipelines.ingest_tasks import Known, Work, Written
@@ -96,7 +96,8 @@ class IngestJob:
     row_group_rows: int = 256
     """Rows of a row group, which is what training reads at a time; also ended by 64 MiB of images."""
     overwrite: bool = False
-    """Replace the data set in the output folder and all its versions; files that no ingest wrote stay."""
+    """Replace the data set in the output folder and all its versions, once the new rows are written; files that no ingest
+    wrote stay."""
     address: str | None = None
     """A Ray cluster to join; local for a new one on this machine; null for the one running here, else new."""
 
@@ -155,8 +156,6 @@ def run(job: IngestJob) -> Manifest:
     if not job.overwrite:
         _check_new(job, newest(output))
     with session.cluster(ClusterConfig(address=job.address)), ingesting(output) as own:
-        if job.overwrite:
-            clear(output)
         with Cluster(Work(source, output, own, job.row_group_rows, *rules, queries, None), units) as cluster:
             manifest = _Ingest(job, source, output, own, unread, cluster, evaluation).run()
         if manifest.ingests and manifest.ingests[-1]["id"] == own:
@@ -214,7 +213,7 @@ class _Ingest:
         rows = self.cluster.prepare()
         evaluation = self.cluster.hash_known(self.evaluation)
         while True:
-            base = self._base()
+            base = None if job.overwrite else self._base()
             looked_at = base and (job.deduplicate != "none" or job.queries)
             present = self.cluster.hash_known(_row_groups(base) if base and looked_at else [])
             cap = job.pairs_per_query if job.queries else None
@@ -224,6 +223,7 @@ class _Ingest:
             if not shards:
                 return self._nothing(base, dropped)
             manifest = self._manifest(base, self.cluster.write(shards), dropped, len(rows) + len(self.unread))
+            check_shards(self.output, self.id, manifest)
             try:
                 manifest.publish()
             except FileExistsError:
@@ -231,6 +231,8 @@ class _Ingest:
                 discard_shards(self.output, self.id)
                 self.cluster.rewrite()
             else:
+                if job.overwrite:
+                    clear(self.output, manifest)
                 return manifest
 
     def _base(self) -> Manifest | None:
@@ -259,6 +261,8 @@ class _Ingest:
 
     def _manifest(self, base: Manifest | None, written: list[Written], dropped: Counter[str], read: int) -> Manifest:
         kept = sum(each.shard.rows for each in written)
+        # Also what replaces all versions comes after them: so it is there before they go.
+        number = 1 + (base.version if base else max(versions(self.output), default=0))
         if kept + sum(dropped.values()) != read:
             raise RuntimeError(f"of {read} rows {kept} were written and {sum(dropped.values())} refused")
         base = base or Manifest(self.output, ())
@@ -267,7 +271,7 @@ class _Ingest:
             statistics.merge(Statistics.from_dict(each.statistics))
         created = datetime.now(UTC).isoformat(timespec="seconds")
         ingest = {
-            "version": base.version + 1,
+            "version": number,
             "id": self.id,
             "created": created,
             "input": Folder(self.job.input).url,
@@ -289,7 +293,7 @@ class _Ingest:
             quarantined=base.quarantined + sum(dropped.values()),
             sources=sum((Counter(each.sources) for each in written), Counter(base.sources)),
             created=created,
-            version=base.version + 1,
+            version=number,
             statistics=statistics.to_dict(),
             ingests=(*base.ingests, ingest),
         )

@@ -18,17 +18,16 @@ from datetime import UTC, datetime
 
 from pyarrow import fs
 
-from msclip.data.shards import MANIFEST, is_data_set, newest, read_manifest, version_file, versions
-from msclip.errors import UserError
+from msclip.data.shards import MANIFEST, Manifest, is_data_set, newest, read_manifest, version_file, versions
+from msclip.errors import TrainingError, UserError
 from msclip.storage import Folder
-from pipelines.data_page import PAGE, SHEET
 
 INGESTING = "INGESTING-"
 SHARDS = "shards"
 QUARANTINE = "quarantine.jsonl"
 
 _ID = r"\d{8}-\d{6}-[0-9a-f]{6}"
-_OWN = re.compile(rf"manifest(-\d{{6,}})?\.json|quarantine(-{_ID})?\.jsonl|{re.escape(PAGE)}|{re.escape(SHEET)}")
+_QUARANTINE = re.compile(rf"quarantine-({_ID})\.jsonl")
 _OLD_SHARD = re.compile(r"\d{5,}\.parquet")  # of manifests from before there were versions
 _REFRESH_SECONDS, _DEAD_SECONDS = 60, 3600
 
@@ -109,8 +108,8 @@ def check_output(output: Folder, overwrite: bool) -> None:
     if overwrite or newest(output) or output.names(f"{INGESTING}*"):
         return
     names = output.names()
-    if any(re.fullmatch(rf"quarantine-{_ID}\.jsonl", name) for name in names):  # left by an ingest that could use nothing
-        names = [name for name in names if not _OWN.fullmatch(name)]
+    if any(_QUARANTINE.fullmatch(name) for name in names):  # left by an ingest that could use nothing
+        names = [name for name in names if name != QUARANTINE and not _QUARANTINE.fullmatch(name)]
     if names:
         raise UserError(
             f"output {output.url} must be empty or hold a data set, and it has {', '.join(names[:5])}; choose another folder, "
@@ -118,12 +117,32 @@ def check_output(output: Folder, overwrite: bool) -> None:
         )
 
 
-def clear(output: Folder) -> None:
-    """Deletes what earlier ingests wrote and nothing else; the manifests first: what is left of a data set is none."""
-    for name in sorted(output.names(), key=lambda name: not name.startswith("manifest")):
-        if _OWN.fullmatch(name):
-            output.delete(name)
+def check_shards(output: Folder, ingest: str, manifest: Manifest) -> None:
+    """Raises `TrainingError` unless all of an ingest's shards that a manifest is to name are still there."""
+    there = {f"{SHARDS}/{ingest}/{name}" for name in (output / SHARDS / ingest).names()}
+    if gone := [file for file in manifest.files if file.startswith(f"{SHARDS}/{ingest}/") and file not in there]:
+        raise TrainingError(
+            f"{output.url}/{gone[0]} was deleted before it was published: this ingest had not been heard of for an hour, and "
+            "another took it for dead; nothing was published, ingest again"
+        )
+
+
+def clear(output: Folder, manifest: Manifest) -> None:
+    """Deletes what other ingests wrote before this version, and nothing else."""
+    for version in versions(output):
+        if version < manifest.version:
+            output.delete(version_file(version))
+    # First what is there, then who is at work, then what is published: so what others are about to publish is among these.
     shards = output / SHARDS
-    for info in shards.filesystem.get_file_info(fs.FileSelector(shards.path, allow_not_found=True)):
-        if re.fullmatch(_ID, info.base_name) or (info.type == fs.FileType.File and _OLD_SHARD.fullmatch(info.base_name)):
+    there = shards.filesystem.get_file_info(fs.FileSelector(shards.path, allow_not_found=True))
+    names = output.names()
+    known = {name.removeprefix(INGESTING) for name in names if name.startswith(INGESTING)}
+    for version in versions(output):
+        known |= {ingest["id"] for ingest in read_manifest(output, version_file(version)).ingests}
+    for info in there:
+        old = info.type == fs.FileType.File and _OLD_SHARD.fullmatch(info.base_name)
+        if old or (re.fullmatch(_ID, info.base_name) and info.base_name not in known):
             shards.delete(info.base_name)
+    for name in names:
+        if (match := _QUARANTINE.fullmatch(name)) and match[1] not in known:
+            output.delete(name)

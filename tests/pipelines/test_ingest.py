@@ -198,7 +198,7 @@ def test_overwriting_leaves_files_that_no_ingest_wrote(
     options = ("--input", parquet, "--output", output, "--overwrite", "true")
     assert run(capsys, *options, "--shard_rows", 8)[0] == 0
     assert run(capsys, *options, "--shard_rows", 16)[0] == 0
-    ours = {"manifest.json", "manifest-000001.json", "quarantine.jsonl", "quarantine-ID.jsonl", *PAGES}
+    ours = {"manifest.json", "manifest-000002.json", "quarantine.jsonl", "quarantine-ID.jsonl", *PAGES}
     assert written(output) == ours | {"shards/ID/00000.parquet", "shards/ID/00001.parquet"} | set(OWN)
     assert len(list((output / "shards").iterdir())) == 4  # the first ingest's folder is gone
     assert {(output / name).read_text() for name in OWN} == {"mine"}
