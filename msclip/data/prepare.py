@@ -1,7 +1,8 @@
 """What becomes of one row before it is stored: which images and captions are let in, and how an image is stored.
 
 Every image is decoded once, in full. A JPEG that will be shrunk is decoded at a fraction of its size, never below twice what
-is kept of it; all of its data is read for that, so a truncated file shows all the same.
+is kept of it; all of its data is read for that, so a truncated file shows all the same. So what will be shrunk may be larger
+than what training would decode.
 """
 
 import io
@@ -11,12 +12,13 @@ from typing import Literal, NamedTuple
 from PIL import Image
 
 from msclip.data.hashes import content_hash, perceptual_hash
-from msclip.data.images import BadImage, open_image
+from msclip.data.images import MAX_PIXELS, BadImage, open_image
 from msclip.errors import UserError
 
 Format = Literal["jpeg", "webp"]
 
 _MARGIN = 2  # msclip/data/images.py says what it was chosen by
+_LONGEST_SIDE: dict[Format, int] = {"jpeg": 65_500, "webp": 16_383}  # that can be written, in pixels
 
 
 class Stored(NamedTuple):
@@ -68,6 +70,9 @@ class ImageRules:
             raise BadImage(f"too small: {header.width} x {header.height}")
         if self.max_aspect is not None and most > self.max_aspect * least:
             raise BadImage(f"aspect ratio too large: {header.width} x {header.height}")
+        if header.width * header.height > MAX_PIXELS and "progressive" in header.info:
+            # At an eighth too, every coefficient is held until the last has come: 1 GiB, out of a file of 2 MB.
+            raise BadImage(f"too many pixels: {header.width} x {header.height}, progressive")
         shrink = self.short_side is not None and least > self.short_side
         full = header.size
         if shrink and self.short_side and header.format == "JPEG":
@@ -81,9 +86,11 @@ class ImageRules:
             width, height = (round(side * self.short_side / least) for side in (width, height))
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         phash = perceptual_hash(image)
-        target = self.form or "jpeg"
+        target: Format = self.form or "jpeg"
         if not shrink and (self.form is None or header.format == target.upper()):
             return Stored(data, width, height, content_hash(data), phash)
+        if max(width, height) > _LONGEST_SIDE[target]:
+            raise BadImage(f"too long for {target}: {width} x {height}")
         image.save(buffer := io.BytesIO(), target, quality=self.quality)
         return Stored(buffer.getvalue(), width, height, content_hash(data), phash)
 

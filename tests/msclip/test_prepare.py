@@ -75,6 +75,29 @@ def test_size_and_shape_are_looked_at_before_anything_is_decoded() -> None:
             rules.apply(data)
 
 
+def test_what_no_file_of_the_format_can_hold_is_refused() -> None:
+    long = photo((20, 17_000), "PNG")
+    assert ImageRules().apply(long).data == long
+    for rules, reason in (
+        (ImageRules(form="webp"), "too long for webp: 20 x 17000"),
+        (ImageRules(form="webp", short_side=20), "too long for webp: 20 x 17000"),
+        (ImageRules(form="jpeg"), "too long for jpeg: 1 x 65501"),
+    ):
+        with pytest.raises(BadImage, match=reason):
+            rules.apply(long if rules.form == "webp" else photo((1, 65_501), "PNG"))
+    assert ImageRules(form="webp", short_side=10).apply(long)[1:3] == (10, 8500)
+
+
+def test_a_progressive_jpeg_is_not_unpacked_beyond_the_limit_whatever_is_kept_of_it() -> None:
+    large = Image.new("L", (8200, 8200))
+    large.save(plain := io.BytesIO(), "JPEG")
+    large.save(progressive := io.BytesIO(), "JPEG", progressive=True)
+    rules = ImageRules(short_side=64)
+    assert rules.apply(plain.getvalue())[1:3] == (64, 64)
+    with pytest.raises(BadImage, match="too many pixels: 8200 x 8200, progressive"):
+        rules.apply(progressive.getvalue())
+
+
 @pytest.mark.parametrize("short_side", [None, 16])
 def test_a_truncated_image_is_refused_whether_or_not_it_would_be_scaled(short_side: int | None) -> None:
     with pytest.raises(BadImage, match="truncated"):
