@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from msclip.errors import UserError
 from msclip.storage import Folder
@@ -64,9 +65,23 @@ def column(names: Sequence[str], given: str | None, usual: Sequence[str], settin
 def texts(value: Any) -> list[str]:
     """The captions in a cell, whether it holds one, several or none; blank ones are none."""
     values = value if isinstance(value, list) else [value]
-    found = (str(text).strip() for text in values if text is not None)
-    # JSON can hold halves of a character pair, which no UTF-8 file can.
-    return [text if text.isascii() else text.encode(errors="replace").decode() for text in found if text]
+    # JSON also holds records, lists of lists and true: none of them is a caption, least of all by its Python name.
+    found = (str(text).strip() for text in values if isinstance(text, str | int | float) and not isinstance(text, bool))
+    return [whole(text) for text in found if text]
+
+
+def whole(text: str) -> str:
+    """The text with a question mark for each half of a character pair: JSON can hold such, and no UTF-8 file can."""
+    return text if text.isascii() else text.encode(errors="replace").decode()
+
+
+def json_object(data: str | bytes) -> dict[str, Any] | None:
+    """What a JSON text holds; None unless that is an object."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def read_captions(
@@ -79,10 +94,11 @@ def read_captions(
     """
     if not file.name.endswith(SUFFIXES):
         raise UserError(f"captions must be a file of kind {', '.join(SUFFIXES)}, got {file.url!r}")
-    try:
-        data = file.filesystem.open_input_file(file.path).read()
-    except FileNotFoundError:
-        raise UserError(f"captions names a file that does not exist: {file.url}") from None
+    kind = file.filesystem.get_file_info(file.path).type
+    if kind != fs.FileType.File:
+        what = "a folder" if kind == fs.FileType.Directory else "a file that does not exist"
+        raise UserError(f"captions names {what}: {file.url}")
+    data = file.filesystem.open_input_file(file.path).read()
     if file.name.endswith(".parquet"):
         return _parquet(data, file, image_column, caption_column), []
     try:
@@ -90,18 +106,19 @@ def read_captions(
     except UnicodeDecodeError as error:
         raise UserError(f"{file.url} is not in UTF-8 ({error}); convert it, for example with iconv") from None
     refused: list[Refused] = []
-    records = _json(text, file.name, refused) if file.name.endswith(".jsonl") else _delimited(text, file, refused)
+    is_json = file.name.endswith(".jsonl")
+    records = _json(text, file.name, refused) if is_json else _delimited(text, file, refused)
     names: list[str] = []
     rows = []
     for number, record in records:
         if not names:
-            names = list(record)
+            names = _fields(text) if is_json else list(record)
             image = column(names, image_column, IMAGE_NAMES, "image_column", file.url)
             caption = column(names, caption_column, CAPTION_NAMES, "caption_column", file.url)
         if not record.get(image):
             refused.append(Refused(file.name, number, None, "", f"no value in column {image}"))
             continue
-        rows.append(CaptionRow(number, None, str(record[image]), texts(record.get(caption))))
+        rows.append(CaptionRow(number, None, whole(str(record[image])), texts(record.get(caption))))
     if not rows and not refused:
         raise UserError(f"{file.url} has no rows")
     return rows, refused
@@ -111,6 +128,7 @@ def _delimited(text: str, file: Folder, refused: list[Refused]) -> Iterator[tupl
     # A tab-separated file has no quoting: a lone quotation mark belongs to the caption.
     tabs = file.name.endswith(".tsv")
     options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # else 131,072
     # Strict: otherwise a quotation mark that is never closed takes all lines after it for one caption.
     lines = csv.reader(io.StringIO(text, newline=""), strict=True, **options)
     header: list[str] | None = None
@@ -127,6 +145,8 @@ def _delimited(text: str, file: Folder, refused: list[Refused]) -> Iterator[tupl
         if values is None:
             return
         if header is None:
+            if not values:
+                continue  # blank lines above the table
             header = values
             _check_distinct(header, f"line {first_line} of {file.url}")
         elif values:
@@ -145,15 +165,17 @@ def _check_distinct(names: Sequence[str], where: str) -> None:
             raise UserError(f"{where} names {times} columns {name!r}; give each column a name of its own")
 
 
+def _fields(text: str) -> list[str]:
+    """All fields of all lines, which need not have the same."""
+    records = (json_object(line) for line in text.split("\n"))
+    return list(dict.fromkeys(name for record in records if record for name in record))
+
+
 def _json(text: str, name: str, refused: list[Refused]) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n")):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if isinstance(record, dict):
+        if (record := json_object(line)) is not None:
             yield number, record
         else:
             refused.append(Refused(name, number, None, "", "not a JSON object"))

@@ -5,13 +5,12 @@ A tar is read once, from front to end, compressed or not. Nothing in it is fatal
 and reading goes on behind damage where there is something to go on with.
 """
 
-import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
-from msclip.data.captions import CAPTION_NAMES, texts
+from msclip.data.captions import CAPTION_NAMES, json_object, texts
 
 IMAGE_KINDS = frozenset(("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm"))
 TEXT_KINDS = ("txt", "text", "caption")
@@ -139,12 +138,10 @@ def _add(parts: _Parts, name: str, kind: str, data: bytes | None) -> None:
     elif kind in IMAGE_KINDS:
         parts.image = parts.image if parts.image is not None else data
     elif kind == "json":
-        try:
-            parts.record = json.loads(data)
-            if not isinstance(parts.record, dict):
-                raise ValueError
-        except ValueError:
-            parts.record, parts.trouble = {}, parts.trouble or f"not a JSON object: {name}"
+        record = json_object(data)
+        parts.record = record or {}
+        if record is None:
+            parts.trouble = parts.trouble or f"not a JSON object: {name}"
     elif kind in TEXT_KINDS:
         try:
             parts.texts[kind] = data.decode("utf-8-sig")

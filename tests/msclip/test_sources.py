@@ -48,6 +48,22 @@ def test_rows_that_cannot_be_read_are_returned_with_reasons(tmp_path: Path) -> N
     assert [(r.row, r.reason) for r in refused] == [(1, "not a JSON object"), (2, "not a JSON object")]
 
 
+def test_lines_of_json_need_not_have_the_same_fields_and_may_be_anything(tmp_path: Path) -> None:
+    lines = (
+        '{"image": "a.jpg"}',
+        '{"caption": "b", "image": "b.jpg"}',
+        "[" * 200_000,
+        '{"image": "\\ud800.jpg", "caption": ["half a pair: \\ud800", 7, true, null, {"raw": "c"}, ["d"]]}',
+    )
+    rows, refused = read_captions(table(tmp_path / "a.jsonl", "\n".join(lines)))
+    assert [(row.image, row.captions) for row in rows] == [
+        ("a.jpg", []),
+        ("b.jpg", ["b"]),
+        ("?.jpg", ["half a pair: ?", "7"]),
+    ]
+    assert [(r.row, r.reason) for r in refused] == [(2, "not a JSON object")]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -74,10 +90,11 @@ def test_an_unusable_table_is_the_users_mistake(tmp_path: Path, name: str, conte
 
 
 def test_a_caption_may_span_lines_and_columns_need_no_name(tmp_path: Path) -> None:
-    assert pairs(table(tmp_path / "a.csv", 'image,text,,\na.jpg,"one\ntwo",,\n\nb.jpg,say "x",,\n')) == [
+    assert pairs(table(tmp_path / "a.csv", '\n\r\nimage,text,,\na.jpg,"one\ntwo",,\n\nb.jpg,say "x",,\n')) == [
         ("a.jpg", ["one\ntwo"]),
         ("b.jpg", ['say "x"']),
     ]
+    assert pairs(table(tmp_path / "a.tsv", f"image\ttext\na.jpg\t{'x' * 200_000}\n")) == [("a.jpg", ["x" * 200_000])]
 
 
 def test_a_column_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
@@ -155,6 +172,9 @@ def test_the_table_of_captions_may_lie_outside_and_must_be_clear(tmp_path: Path)
     folder = folder_of(tmp_path / "in", "x.jpg")
     with pytest.raises(UserError, match="there is none"):
         open_source(str(folder))
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(UserError, match=r"captions names a folder: .*folder\.csv"):
+        open_source(str(folder), captions=f"{tmp_path}/folder.csv").units()
     outside = table(tmp_path / "list.tsv", "image\ttext\nx.jpg\tout\n")
     assert listed(open_source(str(folder), captions=outside.url))[0] == ["x.jpg"]
     for name in ("a.csv", "b.tsv"):

@@ -122,7 +122,8 @@ def test_captions_come_from_text_then_json_then_elsewhere() -> None:
     latin: list[Member] = [("1.jpg", b"1"), ("1.txt", "Bär".encode("latin-1"))]
     assert bad(read(tar(latin))) == [("1", "caption not in UTF-8: 1.txt")]
     assert good(read(tar([*latin, ("1.json", record)]))) == [("1", b"1", ["alt"])]
-    assert bad(read(tar([("1.jpg", b"1"), ("1.json", "[1]")]))) == [("1", "not a JSON object: 1.json")]
+    for odd in ("[1]", "[" * 200_000, b"\xff"):
+        assert bad(read(tar([("1.jpg", b"1"), ("1.json", odd)]))) == [("1", "not a JSON object: 1.json")]
     assert good(read(tar([("1.jpg", b"1")]), more_captions=lambda key: [f"of {key}"])) == [("1", b"1", ["of 1"])]
     half = tar([("1.jpg", b"1"), ("1.json", '{"caption": "half \\ud83d"}')])
     assert good(read(half)) == [("1", b"1", ["half ?"])]
