@@ -3,6 +3,7 @@
 A source first lists its units, pieces of work for one task, without opening an image; then any process reads some of them.
 """
 
+import errno
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from msclip.data.captions import CAPTION_NAMES, SUFFIXES, CaptionRow, Refused, column, read_captions, texts
+from msclip.data.image_paths import Finder, files_below, is_image
 from msclip.data.parquet import find, find_files, read_footer, read_row_group
 from msclip.data.shards import is_data_set
-from msclip.data.tars import IMAGE_KINDS, Sample, captions_beside, captions_of, read_samples
+from msclip.data.tars import Sample, captions_beside, captions_of, read_samples
 from msclip.errors import UserError
 from msclip.storage import Folder
 
-IMAGE_SUFFIXES = frozenset(f".{kind}" for kind in IMAGE_KINDS)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 BYTES_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes")
 KEY_NAMES = ("key", "__key__", "id", "image_id")
@@ -125,18 +126,7 @@ def _own_name(folder: Folder, files: list[str]) -> str:
 
 
 def _has_images(folder: Folder) -> bool:
-    return any(_is_image(path) for path in _files(folder))
-
-
-def _is_image(path: str) -> bool:
-    return PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
-
-
-def _files(folder: Folder) -> list[str]:
-    """Paths of all files below, relative, sorted; what starts with a dot is left out."""
-    found = folder.filesystem.get_file_info(fs.FileSelector(folder.path, recursive=True))
-    below = sorted(info.path[len(folder.path) :].lstrip("/") for info in found if info.type == fs.FileType.File)
-    return [path for path in below if not any(part.startswith(".") for part in path.split("/"))]
+    return any(is_image(path) for path in files_below(folder)[0])
 
 
 def _caption_file(folder: Folder, given: str | None) -> Folder | None:
@@ -150,7 +140,7 @@ def _caption_file(folder: Folder, given: str | None) -> Folder | None:
     tables = [name for name in tables if PurePosixPath(name).stem in ("captions", "metadata")] or tables
     if len(tables) == 1:
         return folder / tables[0]
-    if not tables and any(PurePosixPath(path).suffix in (".txt", ".json") for path in _files(folder)):
+    if not tables and any(PurePosixPath(path).suffix in (".txt", ".json") for path in files_below(folder)[0]):
         return None
     raise UserError(
         f"captions must name the table of captions for the images in {folder.url}: "
@@ -175,9 +165,10 @@ class ImageFolder:
     name: str
 
     def units(self) -> tuple[list[Unit], list[Refused]]:
-        files = _files(self.folder)
+        files, unnamed = files_below(self.folder)
         rows, refused = read_captions(self.captions, self.image_column, self.caption_column)
-        find_file = _Finder(self.folder, files)
+        refused += unnamed
+        find_file = Finder(self.folder, files)
         named: dict[str, list[CaptionRow]] = {}
         for row in rows:
             matches = find_file(row.image)
@@ -186,7 +177,7 @@ class ImageFolder:
             else:
                 reason = f"ambiguous image name: {', '.join(matches[:3])}" if matches else "no such image"
                 refused.append(Refused(self.captions.name, row.row, row.row_group, row.image, reason))
-        refused += [Refused(path, None, None, path, "no caption") for path in files if _is_image(path) and path not in named]
+        refused += [Refused(path, None, None, path, "no caption") for path in files if is_image(path) and path not in named]
         lines = []
         for path, mentions in named.items():
             captions = [caption for row in mentions for caption in row.captions]
@@ -217,11 +208,11 @@ class ImageFiles:
     name: str
 
     def units(self) -> tuple[list[Unit], list[Refused]]:
-        files = _files(self.folder)
+        files, refused = files_below(self.folder)
         there = set(files)
-        lines, refused = [], []
+        lines = []
         for path in files:
-            if not _is_image(path):
+            if not is_image(path):
                 continue
             beside = [path for path in captions_beside(path) if path in there]
             if beside:
@@ -250,40 +241,10 @@ def _read_many(read: Any, places: list[Any]) -> Iterator[Row]:
 def _read_file(folder: Folder, file: str) -> tuple[bytes | None, str]:
     try:
         return folder.read_bytes(file), ""
-    except (FileNotFoundError, PermissionError) as error:
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | PermissionError) and error.errno != errno.ELOOP:
+            raise
         return None, f"unreadable: {type(error).__name__}"
-
-
-class _Finder:
-    """From an image's name in a table to the files it may mean.
-
-    The name is a file's path below the folder or the end of one, in whole parts: `train/0.jpg` is never `val/0.jpg`. Where
-    no file fits, the same without the file's suffix.
-    """
-
-    def __init__(self, folder: Folder, files: list[str]):
-        self.root = folder.path.rstrip("/") + "/"
-        self.paths = set(files)
-        self.names: dict[str, list[str]] = {}
-        self.stems: dict[str, list[str]] = {}
-        for path in files:
-            self.names.setdefault(PurePosixPath(path).name, []).append(path)
-            if _is_image(path):
-                self.stems.setdefault(PurePosixPath(path).stem, []).append(path)
-
-    def __call__(self, name: str) -> list[str]:
-        path = str(PurePosixPath(name.strip().replace("\\", "/").removeprefix(self.root)))
-        if path in self.paths:
-            return [path]
-        last = PurePosixPath(path).name
-        found = [file for file in self.names.get(last, []) if _ends_with(file, path)]
-        if found or _is_image(last):
-            return found
-        return [file for file in self.stems.get(last, []) if _ends_with(str(PurePosixPath(file).with_suffix("")), path)]
-
-
-def _ends_with(path: str, end: str) -> bool:
-    return f"/{path}".endswith(f"/{end}")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,6 +151,32 @@ def test_a_name_that_may_mean_two_images_is_refused(tmp_path: Path) -> None:
         ("c/2.jpg", "c/2.jpg", "no caption"),
         ("c/2.png", "c/2.png", "no caption"),
     ]
+
+
+def test_accents_may_be_written_together_or_apart(tmp_path: Path) -> None:
+    apart, together = "cafe\u0301", "caf\u00e9"
+    folder = folder_of(tmp_path, f"{apart}/1.jpg", f"{apart}.png", f"b/{together}.jpg")
+    table(tmp_path / "captions.csv", f"image,text\n{together}/1.jpg,one\n{together}.png,two\nb/{apart},three\n")
+    files, refused = listed(open_source(str(folder)))
+    assert files == [f"{apart}/1.jpg", f"{apart}.png", f"b/{together}.jpg"]
+    assert refused == []
+
+
+def test_links_are_followed_once_and_what_cannot_be_named_or_opened_is_recorded(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "in", "a/1.jpg")
+    folder_of(tmp_path / "elsewhere", "2.jpg")
+    (folder / "more").symlink_to(tmp_path / "elsewhere")
+    (folder / "a/again").symlink_to(folder)
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (folder / "itself.jpg").symlink_to("itself.jpg")
+    (folder / "caf\udce9.jpg").write_bytes(b"named in Latin-1")
+    os.mkfifo(folder / "pipe.jpg")
+    table(folder / "captions.csv", "image,text\n" + "".join(f"{name},x\n" for name in ("1", "2", "gone", "itself")))
+    source = open_source(str(folder))
+    found = [(row.key, row.refused.reason) for row in rows_of(source)]
+    unread = [("gone.jpg", "unreadable: FileNotFoundError"), ("itself.jpg", "unreadable: OSError")]
+    assert found == [("a/1.jpg", ""), ("more/2.jpg", ""), *unread]
+    assert listed(source)[1] == [("caf?.jpg", "caf?.jpg", "file name not in UTF-8")]
 
 
 def test_rows_of_one_image_become_one_row_in_the_order_of_the_table(tmp_path: Path) -> None:
