@@ -17,7 +17,7 @@ from pyarrow import fs
 
 from msclip.data.captions import CAPTION_NAMES, SUFFIXES, CaptionRow, Refused, column, read_captions, texts
 from msclip.data.image_paths import Finder, files_below, is_image
-from msclip.data.parquet import find, find_files, read_footer, read_row_group
+from msclip.data.parquet import find, find_files, read_footer, read_row_group, split
 from msclip.data.shards import is_data_set
 from msclip.data.tars import Sample, captions_beside, captions_of, read_samples
 from msclip.errors import UserError
@@ -90,11 +90,11 @@ def open_source(
     Raises:
         UserError: nothing there, or it has not these columns.
     """
-    folder = Folder(spec)
+    folder, last = Folder(spec), split(spec)[1]  # the query of a URL belongs to neither
     is_folder = folder.filesystem.get_file_info(folder.path).type == fs.FileType.Directory
     if captions is None and is_folder and is_data_set(folder):  # which has a picture in it too, its contact sheet
         return ParquetSource.open(spec, image_column, caption_column, key_column, name)
-    tars = any(folder.names(f"*{suffix}") for suffix in TAR_SUFFIXES) if is_folder else spec.endswith(TAR_SUFFIXES)
+    tars = any(folder.names(f"*{suffix}") for suffix in TAR_SUFFIXES) if is_folder else last.endswith(TAR_SUFFIXES)
     if captions is None and tars:
         if key_column is not None or image_column is not None:
             setting = "key_column" if key_column is not None else "image_column"
@@ -116,7 +116,7 @@ def open_source(
         raise UserError(
             f"input {spec!r} holds neither images nor Parquet files nor tars; give a folder of images, of tars or of shards"
         )
-    if not is_folder and not spec.endswith((".parquet", ".json")):
+    if not is_folder and not last.endswith((".parquet", ".json")):
         raise UserError(f"input must be a folder of images, or Parquet or tars (file, folder or glob), got {spec!r}: not found")
     return ParquetSource.open(spec, image_column, caption_column, key_column, name)
 

@@ -338,3 +338,14 @@ def test_a_source_is_read_from_any_store(tmp_path: Path) -> None:
     (folder / "photos").write_text("captions.csv", "image,text\n2.jpg,two\n")
     assert [(row.key, row.image) for row in rows_of(open_source(f"{folder.url}/tars"))] == [("x/d/1", b"1")]
     assert [(row.key, row.image) for row in rows_of(open_source(f"{folder.url}/photos"))] == [("deep/2.jpg", b"2")]
+
+
+def test_a_file_or_a_glob_in_an_object_store_is_told_by_its_name_whatever_the_url_asks_for(s3_url: str, tmp_path: Path) -> None:
+    store = Folder(s3_url)
+    pq.write_table(pa.table({"image": [b"1"], "caption": ["one"]}), tmp_path / "x.parquet")
+    pack(tmp_path / "x.tar", {"1.jpg": b"1", "1.txt": b"one"})
+    for name in ("x.parquet", "x.tar"):
+        store.upload(tmp_path / name, name)
+    for spec in ("x.parquet", "*.parquet", "x.tar", "*.tar"):
+        url = s3_url.replace("?", f"/{spec}?")
+        assert [(row.key, row.captions) for row in rows_of(open_source(url))] in ([("x/0", ["one"])], [("x/1", ["one"])])
