@@ -102,6 +102,9 @@ class IngestJob:
     """A Ray cluster to join; local for a new one on this machine; null for the one running here, else new."""
 
     def __post_init__(self) -> None:
+        for name in ("input", "output"):
+            if not getattr(self, name):  # "$UNSET" of a shell; it would mean the working folder
+                raise UserError(f"{name} is empty; give a path or a URL")
         for name in ("shard_rows", "shard_mib", "row_group_rows", "pairs_per_query"):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")

@@ -96,6 +96,8 @@ def discard_shards(output: Folder, ingest: str) -> None:
 
 def check_output(output: Folder, overwrite: bool) -> None:
     """Raises `UserError` unless the folder is empty, holds a data set, or may be overwritten."""
+    if output.filesystem.get_file_info(output.path).type == fs.FileType.File:
+        raise UserError(f"output must be a folder, got {output.url}, which is a file")
     if output.exists(MANIFEST) and not is_data_set(output):
         raise UserError(f"output {output.url} has a {MANIFEST} that no ingest wrote; choose another folder")
     alive = [name for name in output.names(f"{INGESTING}*") if not _is_dead(output, name)]

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Bool, Int64
+from pyarrow import fs
 
 from msclip.errors import UserError
 from msclip.storage import Folder
@@ -33,11 +34,13 @@ class Queries:
             UserError: no such file, not UTF-8, or no query in it.
         """
         place = Folder(file)
+        kind = place.filesystem.get_file_info(place.path).type
+        if kind != fs.FileType.File:
+            what = "a folder" if kind == fs.FileType.Directory else "not found"
+            raise UserError(f"queries must be a text file with a query in each line, got {file!r}: {what}")
         try:
             with place.filesystem.open_input_file(place.path) as stream:
                 queries = cls(stream.read().decode("utf-8-sig").splitlines())
-        except (FileNotFoundError, IsADirectoryError):
-            raise UserError(f"queries must be a text file with a query in each line, got {file!r}: not found") from None
         except UnicodeDecodeError as error:
             raise UserError(f"queries {file!r} is not in UTF-8: {error}") from None
         if not len(queries):

@@ -550,12 +550,16 @@ def test_shards_without_a_manifest_are_no_data_set(photos: Path, tmp_path: Path)
         (["--input", "{}/photos", "--near_distance", "3"], "near_distance is only used with deduplicate near or decontaminate"),
         (["--input", "{}/photos", "--deduplicate", "near", "--near_distance", "30"], "near_distance must be from 0 to 16"),
         (["--input", "{}/photos", "--pairs_per_query", "9"], "pairs_per_query is only used with queries"),
-        (["--input", "{}/photos", "--queries", "{}/none.txt"], "queries must be a text file"),
+        (["--input", "{}/photos", "--queries", "{}/none.txt"], "none.txt': not found"),
+        (["--input", "{}/photos", "--queries", "{}/photos"], "photos': a folder"),
         (["--input", "{}/photos", "--decontaminate", "{}/none.parquet"], "none.parquet' do not exist"),
         (["--input", "{}/photos", "--decontaminate", "{}/parquet", "{}/texts.parquet"], "in none of the usual columns"),
         (["--input", "{}/photos", "--output", "{}/photos"], "output must not be or hold the input"),
         (["--input", "{}/parquet/part-*.parquet", "--output", "{}"], "output must not be or hold the input"),
         (["--input", "{}/photos", "--output", "{}/parquet"], "must be empty"),
+        (["--input", "{}/photos", "--output", "{}/texts.parquet"], "output must be a folder"),
+        (["--input", "{}/photos", "--output", ""], "output is empty"),
+        (["--input", ""], "input is empty"),
     ],
 )
 def test_a_mistake_is_one_paragraph_and_writes_nothing(
