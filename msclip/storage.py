@@ -13,7 +13,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote
@@ -266,19 +266,21 @@ class Folder:
                 fs.copy_files(source, str(temporary), self.filesystem, fs.LocalFileSystem(), chunk_size=_COPY_BYTES)
 
     def delete(self, name: str = "") -> None:
-        """Removes a file, or a folder with everything in it; without a name, this folder. Nothing there is no error."""
+        """Removes a file, or a folder with everything in it; without a name, this folder. Nothing there is no error, nor is
+        somebody else who removes the same at the same time."""
         target = self / name
         if target.local is not None:
-            if target.local.is_dir() and not target.local.is_symlink():
-                shutil.rmtree(target.local)
-            else:
-                target.local.unlink(missing_ok=True)
+            while target.local.is_dir() and not target.local.is_symlink():
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(target.local)
+            target.local.unlink(missing_ok=True)
             return
-        kind = target.filesystem.get_file_info(target.path).type
-        if kind == fs.FileType.Directory:
-            target.filesystem.delete_dir(target.path)
-        elif kind == fs.FileType.File:
-            target.filesystem.delete_file(target.path)
+        with suppress(FileNotFoundError):
+            kind = target.filesystem.get_file_info(target.path).type
+            if kind == fs.FileType.Directory:
+                target.filesystem.delete_dir(target.path)
+            elif kind == fs.FileType.File:
+                target.filesystem.delete_file(target.path)
 
     @contextmanager
     def _replacing(self, name: str, new: bool = False) -> Iterator[Path]:

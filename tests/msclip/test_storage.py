@@ -45,6 +45,14 @@ def test_what_is_written_is_read_listed_and_deleted(folder: Folder) -> None:
     assert folder.names() == ["b.txt"]
 
 
+def test_a_folder_may_be_deleted_by_several_at_once(folder: Folder) -> None:
+    for i in range(300 if folder.local else 5):
+        (folder / "old" / str(i % 10)).write_text(f"{i}.txt", "")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: folder.delete("old"), range(4)))
+    assert not folder.exists("old")
+
+
 def test_a_missing_file_is_a_file_not_found_error(folder: Folder) -> None:
     with pytest.raises(FileNotFoundError):
         folder.read_bytes("nothing.json")
