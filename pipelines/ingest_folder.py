@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 
 from pyarrow import fs
 
@@ -45,7 +46,7 @@ def ingesting(output: Folder) -> Iterator[str]:
     stop = threading.Event()
 
     def say_alive() -> None:
-        told = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+        told = {"host": socket.gethostname(), "pid": os.getpid(), "pids": _pid_space(), "time": time.time()}
         output.write_text(f"{INGESTING}{own}", json.dumps(told) + "\n")
 
     def refresh() -> None:
@@ -67,13 +68,24 @@ def ingesting(output: Folder) -> Iterator[str]:
 def _is_dead(output: Folder, name: str) -> bool:
     try:
         told = json.loads(output.read_text(name))
-        if told["host"] == socket.gethostname() and told["pid"] != os.getpid():
+        if told.get("pids") == _pid_space() and told["pid"] != os.getpid():
             os.kill(told["pid"], 0)  # signal 0 only asks whether the process is there
         return bool(time.time() - told["time"] > _DEAD_SECONDS)
     except (ProcessLookupError, ValueError, KeyError, TypeError):
         return True
     except OSError:
         return False  # gone meanwhile, or another user's
+
+
+def _pid_space() -> str:
+    """Names where a process id means the same process: this container, since its machine was started.
+
+    A host's name does not: containers and freshly installed machines share theirs.
+    """
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # sandboxes may hide these
+        return socket.gethostname()
 
 
 def _discard(output: Folder, ingest: str) -> None:
