@@ -1,9 +1,11 @@
 """One driver a run: a file in the run's folder says who trains there, as long as it does.
 
 The file is created exclusively, on a disk and in S3, so of two drivers that start together one is refused. Other object
-stores can only be asked whether it is there. What a killed driver left behind on this host is recognised and taken over.
+stores can only be asked whether it is there. What a killed driver left behind on this host is recognised and taken over, by
+one of those that find it: the slower one would otherwise delete the faster one's own.
 """
 
+import hashlib
 import json
 import os
 import socket
@@ -25,15 +27,15 @@ def claimed(run: Folder) -> Iterator[None]:
     """
     owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
     try:
-        if run.exists(CLAIM):
-            if not _abandoned(run):
-                raise _taken(run)
-            run.delete(CLAIM)
+        if (found := _read(run)) is not None:
+            if not _abandoned(found):
+                raise _taken(run, found)
+            _clear(run, found)
         run.write_new(CLAIM, owner.encode())
     except FileExistsError:
         if run.local and not run.local.is_dir():
             raise UserError(f"run.storage must be a folder, got {run.url}, of which a part is a file") from None
-        raise _taken(run) from None
+        raise _taken(run, _read(run)) from None
     except OSError as error:
         raise UserError(f"run.storage cannot be written to: {run.url}: {error.strerror or error}") from None
     try:
@@ -42,19 +44,37 @@ def claimed(run: Folder) -> Iterator[None]:
         run.delete(CLAIM)
 
 
-def _taken(run: Folder) -> UserError:
+def _read(run: Folder) -> str | None:
+    try:
+        return run.read_text(CLAIM)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _taken(run: Folder, owner: str | None) -> UserError:
     return UserError(
-        f"another process trains in {run.url}: {run.read_text(CLAIM)}; wait for it, choose another run.name, or, if it is "
-        f"gone, delete {CLAIM} there"
+        f"another process trains in {run.url}: {owner or 'it begins just now'}; wait for it, choose another run.name, or, if "
+        f"it is gone, delete {CLAIM} there"
     )
 
 
-def _abandoned(run: Folder) -> bool:
+def _clear(run: Folder, dead: str) -> None:
+    """Deletes a dead driver's claim, as long as it stands there. Raises `FileExistsError` while another does the same."""
+    clearing = f"{CLAIM}-{hashlib.sha256(dead.encode()).hexdigest()[:16]}"
+    run.write_new(clearing, b"")
     try:
-        owner = json.loads(run.read_text(CLAIM))
-        if owner["host"] != socket.gethostname():
+        if _read(run) == dead:
+            run.delete(CLAIM)
+    finally:
+        run.delete(clearing)
+
+
+def _abandoned(owner: str) -> bool:
+    try:
+        told = json.loads(owner)
+        if told["host"] != socket.gethostname():
             return False
-        os.kill(owner["pid"], 0)  # signal 0 only asks whether the process is there
+        os.kill(told["pid"], 0)  # signal 0 only asks whether the process is there
     except ProcessLookupError:
         return True
     except (OSError, ValueError, KeyError, TypeError):

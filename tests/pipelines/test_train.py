@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from msclip import checkpoint, metrics_log
 from msclip.errors import TrainingError, UserError
 from msclip.storage import Folder
 from msclip.training import WAITING
-from pipelines import cli, failures, train
+from pipelines import claim, cli, failures, train
 from pipelines.claim import CLAIM, claimed
 from tests.drawn import TEXTS, captioned
 
@@ -296,6 +297,33 @@ def test_what_a_killed_driver_left_is_taken_over(tmp_path: Path) -> None:
     run.write_text(CLAIM, json.dumps({"host": "elsewhere", "pid": 1}))
     with pytest.raises(UserError, match="elsewhere"), claimed(run):
         pass
+
+
+def test_of_two_drivers_that_find_a_killed_one_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Folder(tmp_path)
+    dead = json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1})
+    run.write_text(CLAIM, dead)
+    abandoned = claim._abandoned
+    with ExitStack() as faster:
+
+        def slow(owner: str) -> bool:
+            found = abandoned(owner)
+            monkeypatch.undo()
+            faster.enter_context(claimed(run))
+            return found
+
+        monkeypatch.setattr(claim, "_abandoned", slow)
+        with pytest.raises(UserError, match=f'another process trains .*"pid": {os.getpid()}'), claimed(run):
+            pass
+        assert json.loads(run.read_text(CLAIM))["pid"] == os.getpid()
+    assert run.names() == []
+    with monkeypatch.context() as patch:  # one that is only about to go on
+        run.write_text(CLAIM, dead)
+        patch.setattr(Folder, "delete", lambda *_: None)
+        claim._clear(run, dead)
+    with pytest.raises(UserError, match="another process"), claimed(run):
+        pass
+    assert run.read_text(CLAIM) == dead
 
 
 @pytest.mark.parametrize("content", ["model: {", "- 1\n", "model:\n  widht: 3\n"])
