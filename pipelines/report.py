@@ -25,10 +25,9 @@ from msclip.storage import Folder
 from pipelines import cli, report_gallery
 from pipelines.report_charts import evaluation_charts, training_charts
 from pipelines.report_gallery import Gallery
-from pipelines.report_run import BadRows, RunRecord, read_run
+from pipelines.report_run import RunRecord, read_run
 from pipelines.report_style import PALETTE, Chart, share
 
-SHOWN_BAD_ROWS = 12
 WAYS = {"image_retrieval": "text → image", "text_retrieval": "image → text"}
 KINDS = {"zeroshot_classification": "zeroshot", "zeroshot_retrieval": "retrieval"}
 
@@ -143,7 +142,6 @@ def render(
         evaluation=[(chart, tables[chart.title]) for chart in evaluation],
         gallery=gallery,
         why_no_gallery=why_none,
-        quarantine=[(bad, counts(bad, "reason"), counts(bad, "shard"), bad.rows[:SHOWN_BAD_ROWS]) for bad in run.quarantine],
         facts=facts(run),
         versions=run.state.get("versions", {}),
         written=datetime.datetime.now().strftime("%-d %B %Y, %H:%M"),
@@ -279,12 +277,6 @@ def table(name: str, results: Sequence[Mapping[str, Any]]) -> Table:
 def short_title(key: str) -> str:
     """ "R@5" of "image_retrieval_recall@5", "median" of "image_retrieval_median_rank"."""
     return "R@" + key.rpartition("@")[2] if "@" in key else "median"
-
-
-def counts(bad: BadRows, field: str) -> list[tuple[str, int]]:
-    """How often each value of a field occurs, most often first."""
-    values = [str(row.get(field) or "not recorded") for row in bad.rows]
-    return sorted(((value, values.count(value)) for value in set(values)), key=lambda pair: (-pair[1], pair[0]))
 
 
 def big(count: float) -> tuple[str, str]:

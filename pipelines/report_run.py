@@ -9,22 +9,12 @@ import numpy as np
 import yaml
 from jaxtyping import Float
 
-from msclip import checkpoint, metrics_log, quarantine
-from msclip.data.parquet import split
+from msclip import checkpoint, metrics_log
 from msclip.errors import UserError
 from msclip.storage import Folder
+from pipelines.report_bad_rows import BadRows, read_bad_rows
 
-CONFIG, INGEST_QUARANTINE, EVALUATION = "config.yaml", "quarantine.jsonl", "evaluation"
-
-
-@dataclass(frozen=True)
-class BadRows:
-    """The bad rows that one stage of the pipeline recorded."""
-
-    stage: str
-    """In the words of the page: "ingest", "training", ..."""
-    rows: tuple[dict[str, Any], ...]
-    """As recorded: shard, row, reason and what else there is."""
+CONFIG, EVALUATION = "config.yaml", "evaluation"
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,7 @@ def read_run(url: str) -> RunRecord:
         metrics=_columns(records),
         results=results,
         unreadable=unreadable,
-        quarantine=_quarantine(folder, config),
+        quarantine=read_bad_rows(folder, config),
         config_text=config_text,
         config=config,
         state=checkpoint.read_state(checkpoints[-1]) if checkpoints else {},
@@ -123,27 +113,3 @@ def _results(run: Folder) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
             else:
                 results.append(result)
     return tuple(sorted(results, key=lambda r: (r["task"], r["dataset"], r["weights"], r["step"]))), tuple(unreadable)
-
-
-def _quarantine(run: Folder, config: Mapping[str, Any]) -> tuple[BadRows, ...]:
-    ingest: list[dict[str, Any]] = []
-    for spec in _sources(config):  # ingest leaves its record beside the shards
-        parent, name = split(spec)
-        place = parent if name.startswith("manifest") or "*" in name else Folder(spec)
-        if place.exists(INGEST_QUARANTINE):
-            ingest += (json.loads(line) for line in place.read_text(INGEST_QUARANTINE).splitlines() if line.strip())
-    stages = {
-        "ingest": ingest,
-        "training": quarantine.read(run).to_pylist(),
-        "earlier runs, left out of this one": quarantine.read_skipped(run).to_pylist(),
-    }
-    return tuple(BadRows(stage, tuple(rows)) for stage, rows in stages.items() if rows)
-
-
-def _sources(config: Mapping[str, Any]) -> list[str]:
-    """The paths in `data.train`."""
-    data = config.get("data")
-    train = data.get("train") if isinstance(data, Mapping) else None
-    if isinstance(train, Mapping):
-        return [source["path"] for source in train.values()]
-    return list(train) if isinstance(train, list) else [train] if train else []

@@ -4,6 +4,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ import yaml
 from PIL import Image
 
 from msclip.data.decode import BadRow
+from msclip.data.shards import Manifest
 from msclip.errors import UserError
 from msclip.eval import Task, evaluate_checkpoint
 from msclip.eval.results import write_result
 from msclip.quarantine import Quarantine, read, write_skipped
 from msclip.storage import Folder
-from pipelines import report
+from pipelines import report, report_bad_rows
 from pipelines.report_gallery import THUMBNAIL, Found, Gallery, Query, thumbnail
 from pipelines.report_run import read_run
 from pipelines.report_style import PALETTE, share, smooth, thin
@@ -161,10 +163,10 @@ def test_texts_of_the_data_cannot_become_markup(whole_page: str) -> None:
 def test_bad_rows_are_counted_by_reason_and_shard_and_the_first_shown(whole_run: Path, whole_page: str) -> None:
     run = read_run(str(whole_run))
     (bad,) = run.quarantine
-    assert report.counts(bad, "reason") == [("truncated", 29), ("not an image", 1)]
-    assert report.counts(bad, "shard") == [("part-0", 15), ("part-1", 15)]
+    assert bad.reasons == (("truncated", 29), ("not an image", 1))
+    assert bad.shards == (("part-0", 15), ("part-1", 15))
     assert "30 in training" in whole_page
-    assert whole_page.count("&lt;k") == report.SHOWN_BAD_ROWS
+    assert whole_page.count("&lt;k") == report_bad_rows.SHOWN_BAD_ROWS
 
 
 @pytest.mark.parametrize("data", ["shards", "shards/manifest-000003.json"])
@@ -174,6 +176,26 @@ def test_bad_rows_of_ingest_are_found_beside_the_shards(tmp_path: Path, data: st
     run.write_text("config.yaml", yaml.safe_dump({"data": {"train": str(tmp_path / data)}}))
     Folder(tmp_path / "shards").write_text("quarantine.jsonl", '{"shard": "a.csv", "row": 3, "reason": "empty file"}\n')
     assert "1 in ingest" in write_page(tmp_path / "run")
+
+
+def test_bad_rows_are_those_of_the_ingests_of_the_version_and_counted_as_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_bad_rows, "_MOST_SHARDS", 5)
+    shards = Folder(tmp_path / "shards")
+    for version in (1, 2, 3):
+        ingests = tuple({"quarantine": f"quarantine-{number}.jsonl"} for number in range(1, version + 1))
+        Manifest(shards, (), version=version, ingests=ingests).publish()
+        rows: list[dict[str, Any]] = [{"shard": "much.tar", "row": i, "reason": "no image"} for i in range(5 * version)]
+        # A name may hold what elsewhere ends a line.
+        rows += [{"shard": f"{i}\u2028.jpg", "row": None, "reason": f"duplicate: of {i}"} for i in range(20)]
+        shards.write_text(f"quarantine-{version}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    (bad,) = report_bad_rows.read_bad_rows(Folder(tmp_path), {"data": {"train": str(tmp_path / "shards/manifest-000002.json")}})
+    assert bad.count == 2 * 20 + 5 + 10
+    assert bad.reasons == (("duplicate", 40), ("no image", 15))
+    assert bad.shards[0] == ("much.tar", 15)
+    assert len(bad.rows) == report_bad_rows.SHOWN_BAD_ROWS
+    assert (bad.rows[5]["shard"], bad.rows[5]["reason"]) == ("0\u2028.jpg", "duplicate: of 0")
 
 
 def test_rows_that_a_run_left_out_and_bad_rows_of_several_ingests_are_shown(tmp_path: Path) -> None:
