@@ -38,10 +38,6 @@ class SourceConfig:
     caption_column: str | None = None
     """Null: `data.caption_column`."""
 
-    def __post_init__(self) -> None:
-        if self.weight is not None and not 0 < self.weight < math.inf:
-            raise UserError(f"the weight of a source of data.train must be positive or null, got {self.weight}")
-
 
 Sources = dict[str, SourceConfig] | list[str] | str
 """What `data.train` may be: sources by name, or paths, or one path."""
@@ -156,7 +152,13 @@ class Mixture:
 
 
 def pinned(train: Sources) -> Sources:
-    """The same sources, as every node finds them and as a resumption does, from another place or after data were added."""
+    """The same sources, as every node finds them and as a resumption does, from another place or after data were added.
+
+    Raises:
+        UserError: they are no mixture; see `Mixture.load`.
+    """
+    if train:
+        _named(train)  # while they are as the user wrote them
     if isinstance(train, str):
         return shards.pinned(train) if train else ""
     if isinstance(train, list):
@@ -188,4 +190,9 @@ def _named(train: Sources) -> Mapping[str, SourceConfig]:
             f"data.train: a weight is missing for {', '.join(without)}; give every source one, or none to take every pair once "
             "an epoch"
         )
+    for name, config in train.items():
+        if config.weight is not None and not 0 < config.weight < math.inf:
+            raise UserError(
+                f"data.train: the weight of {name} must be positive, got {config.weight:g}; leave a source out instead"
+            )
     return train

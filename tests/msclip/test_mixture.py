@@ -105,5 +105,5 @@ def test_what_cannot_be_a_mixture_is_refused_by_name(folder: Path) -> None:
     with pytest.raises(UserError, match=r"plain/0\.parquet has only the columns image, label, class_name"):
         Mixture.load([emoji, str(folder / "plain")])
     for weight in (0, -1, float("inf"), float("nan")):
-        with pytest.raises(UserError, match="must be positive"):
-            SourceConfig(emoji, weight)
+        with pytest.raises(UserError, match="weight of drawings must be positive, got"):
+            Mixture.load({"drawings": SourceConfig(emoji, weight)})

@@ -121,6 +121,23 @@ def test_another_order_of_rows_is_refused_on_resuming(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ("{{photos: {{path: {data}/photos, weight: 0}}}}", "weight of photos must be positive, got 0; leave"),
+        ("{{photos: {{path: {data}/photos, wieght: 1}}}}", "data.train: each source needs a path, and may have weight"),
+        ("{{photos: {{path: {data}/photos, weight: 1}}, more: {{path: {data}/photos}}}}", "a weight is missing for more"),
+    ],
+)
+def test_a_mistake_in_the_sources_is_one_line_that_names_it(
+    folder: Path, capfd: pytest.CaptureFixture[str], train: str, words: str
+) -> None:
+    assert start(folder, "--run.name", "mistaken", "--data.train", train.format(data=folder)) == 2
+    error = capfd.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
 def test_shards_that_cannot_be_the_data_are_named_before_anything_starts(
     folder: Path, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
