@@ -266,7 +266,8 @@ class Work:
         except OSError as error:
             where = f"from input or to {self.output.url}"
             cure = "no space is left; free some" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to the storage"
-            told = TrainingError(f"cannot copy {where}: {error}; {cure} and ingest again")
+            what = " ".join(str(error).replace("[Errno None] ", "").split())  # pyarrow's have no number, and several lines
+            told = TrainingError(f"cannot copy {where}: {what}; {cure} and ingest again")
             ray.get(self.tally.fail.remote(told))
             raise
         finally:
