@@ -6,7 +6,7 @@ photographs are dozens apart; tests/msclip/test_hashes.py measures both. Croppin
 """
 
 import hashlib
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 from jaxtyping import Int64, UInt64
@@ -67,27 +67,30 @@ def _near_pairs(
 ) -> tuple[Int64[np.ndarray, " pairs"], Int64[np.ndarray, " pairs"]]:
     """Index pairs of distinct hashes within a distance, each once.
 
-    Cut into distance + 1 bands, two such hashes agree in at least one band: there is one more band than differing bits. So
-    only pairs that share a band are compared.
+    Cut into distance + 2 bands, two such hashes agree in at least two bands: there are two more bands than differing bits. So
+    only pairs that share two bands are compared; with one band less and one to share they would be a hundred times as many
+    at a distance of 4.
     """
-    edges = np.linspace(0, BITS, distance + 2).astype(int)
+    edges = np.linspace(0, BITS, distance + 3).astype(int)
     bands = [(hashes >> np.uint64(low)) & np.uint64(2 ** int(high - low) - 1) for low, high in pairwise(edges)]
     one, other = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for number, band in enumerate(bands):
-        order = np.argsort(band, kind="stable")
-        band_sorted = band[order]
+    pairs_of_bands = list(combinations(bands, 2))
+    for number, (band, second) in enumerate(pairs_of_bands):
+        shared = band << np.uint64(BITS // 2) | second  # no band is wider
+        order = np.argsort(shared, kind="stable")
+        ordered = shared[order]
         left = np.arange(len(order))
         shift = 0
-        while len(left):  # neighbours in the sorted band, then those two apart, as long as any share the band
+        while len(left):  # neighbours in that order, then those two apart, as long as any share both bands
             shift += 1
             left = left[left + shift < len(order)]
-            left = left[band_sorted[left] == band_sorted[left + shift]]
+            left = left[ordered[left] == ordered[left + shift]]
             i, j = order[left], order[left + shift]
             near = np.bitwise_count(hashes[i] ^ hashes[j]) <= distance
             i, j = i[near], j[near]
             new = np.ones(len(i), bool)
-            for before in bands[:number]:
-                new &= before[i] != before[j]
+            for before, beside in pairs_of_bands[:number]:
+                new &= (before[i] != before[j]) | (beside[i] != beside[j])
             one.append(i[new])
             other.append(j[new])
     return np.concatenate(one), np.concatenate(other)
