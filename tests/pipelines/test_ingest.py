@@ -476,6 +476,11 @@ def test_tars_in_an_object_store_become_versions_in_an_object_store(
     assert [name for name in out.names() if name.startswith(("INGESTING", "scratch"))] == []
     assert {"contact_sheet.png", "statistics.html"} <= set(out.names())
     assert manifest.ingests[1]["input"] == (store / "in-1").url
+    assert run(capsys, *arguments, "--overwrite", "true")[0] == 0
+    replaced = Manifest.load(out.url)
+    assert (replaced.version, replaced.rows) == (3, 4)
+    assert out.names("manifest*") == ["manifest-000003.json", "manifest.json"]
+    assert (out / "shards").names() == [replaced.ingests[0]["id"]]
 
 
 DEAD, ALIVE = "20260101-000000-aaaaaa", "20260101-000000-bbbbbb"
