@@ -19,7 +19,7 @@ from msclip.data.captions import CAPTION_NAMES, SUFFIXES, CaptionRow, Refused, c
 from msclip.data.image_paths import Finder, files_below, is_image
 from msclip.data.parquet import find, find_files, read_footer, read_row_group, split
 from msclip.data.shards import is_data_set
-from msclip.data.tars import Sample, captions_beside, captions_of, read_samples
+from msclip.data.tars import Sample, captions_beside, captions_of, is_caption, read_samples
 from msclip.errors import UserError
 from msclip.storage import Folder
 
@@ -211,14 +211,15 @@ class ImageFiles:
         files, refused = files_below(self.folder)
         there = set(files)
         lines = []
-        for path in files:
-            if not is_image(path):
-                continue
+        for path in filter(is_image, files):
             beside = [path for path in captions_beside(path) if path in there]
             if beside:
                 lines.append((path, beside))
             else:
                 refused.append(Refused(path, None, None, path, "no caption"))
+        said = {path for _, beside in lines for path in beside}
+        alone = (path for path in files if is_caption(path) and path not in said)  # such as that of an x.heic
+        refused += [Refused(path, None, None, path, "no image") for path in alone]
         return _cut(lines), refused
 
     def read(self, unit: Unit) -> Iterator[Row]:

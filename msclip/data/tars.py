@@ -111,6 +111,11 @@ def captions_beside(image: str) -> list[str]:
     return [f"{stem}.{kind}" for kind in (*TEXT_KINDS, "json")]
 
 
+def is_caption(path: str) -> bool:
+    """Whether a file outside of a tar would hold the captions of an image beside it."""
+    return path.rpartition(".")[2] in (*TEXT_KINDS, "json")
+
+
 def captions_of(files: Mapping[str, bytes], caption_field: str | None = None) -> tuple[list[str], str]:
     """The captions in text and JSON files, by the rule for a tar's members; and why there are none."""
     parts = _Parts()

@@ -313,6 +313,8 @@ def test_captions_may_lie_in_files_beside_the_images(tmp_path: Path) -> None:
     (folder / "a" / "2.v2.json").write_text('{"alt": "two"}')
     (folder / "3.txt").write_bytes("Bär".encode("latin-1"))
     (folder / "4.txt").write_text(" ")
+    (folder / "6.heic").write_bytes(b"of no kind that is read")
+    (folder / "6.txt").write_text("six")
     source = open_source(str(folder))
     assert isinstance(source, ImageFiles)
     rows = rows_of(source)
@@ -322,7 +324,7 @@ def test_captions_may_lie_in_files_beside_the_images(tmp_path: Path) -> None:
         ("a/1.jpg", ["one"], ""),
         ("a/2.v2.png", [], "no caption"),
     ]
-    assert [(r.key, r.reason) for r in source.units()[1]] == [("5.jpg", "no caption")]
+    assert [(r.key, r.reason) for r in source.units()[1]] == [("5.jpg", "no caption"), ("6.txt", "no image")]
     by_field = rows_of(open_source(str(folder), caption_column="alt"))
     assert [row.captions for row in by_field] == [[], [], [], ["two"]]
     # With a table it is the table that counts, and Hugging Face calls it metadata.
