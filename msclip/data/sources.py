@@ -228,9 +228,10 @@ class ImageFiles:
     def _read(self, place: tuple[str, list[str]]) -> Row:
         file, beside = place
         data, reason = _read_file(self.folder, file)
-        found = {path: _read_file(self.folder, path)[0] or b"" for path in beside}
-        captions, trouble = captions_of(found, self.caption_field)
-        return Row(data, captions, file, self.name, Refused(file, None, None, file, reason or trouble))
+        read = {path: _read_file(self.folder, path) for path in beside}
+        captions, trouble = captions_of({path: text or b"" for path, (text, _) in read.items()}, self.caption_field)
+        unread = next((why for _, why in read.values() if why), "") if not captions else ""
+        return Row(data, captions, file, self.name, Refused(file, None, None, file, reason or unread or trouble))
 
 
 def _read_many(read: Any, places: list[Any]) -> Iterator[Row]:

@@ -325,6 +325,10 @@ def test_captions_may_lie_in_files_beside_the_images(tmp_path: Path) -> None:
         ("a/2.v2.png", [], "no caption"),
     ]
     assert [(r.key, r.reason) for r in source.units()[1]] == [("5.jpg", "no caption"), ("6.txt", "no image")]
+    units = source.units()[0]
+    (folder / "a" / "1.txt").unlink()
+    assert [row.refused.reason for row in source.read(units[0])][2] == "unreadable: FileNotFoundError"
+    (folder / "a" / "1.txt").write_text("one")
     by_field = rows_of(open_source(str(folder), caption_column="alt"))
     assert [row.captions for row in by_field] == [[], [], [], ["two"]]
     # With a table it is the table that counts, and Hugging Face calls it metadata.
