@@ -158,7 +158,8 @@ def run(job: IngestJob) -> Manifest:
         raise UserError(f"nothing to ingest in {job.input!r}: no image has a caption. {told}")
     if not job.overwrite:
         _check_new(job, newest(output))
-    with session.cluster(ClusterConfig(address=job.address)), ingesting(output) as own:
+    # In this order, so that no task writes any more when what it wrote is deleted.
+    with ingesting(output) as own, session.cluster(ClusterConfig(address=job.address)):
         with Cluster(Work(source, output, own, job.row_group_rows, *rules, queries, None), units) as cluster:
             manifest = _Ingest(job, source, output, own, unread, cluster, evaluation).run()
         if manifest.ingests and manifest.ingests[-1]["id"] == own:

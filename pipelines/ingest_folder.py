@@ -38,6 +38,9 @@ def ingesting(output: Folder) -> Iterator[str]:
     """An id of the ingest's own while the body runs.
 
     Its scratch folder goes afterwards, and its shards too unless a manifest names them. What dead ingests left goes first.
+
+    Raises:
+        UserError: the folder cannot be written to.
     """
     for name in output.names(f"{INGESTING}*"):
         if _is_dead(output, name):
@@ -54,7 +57,10 @@ def ingesting(output: Folder) -> Iterator[str]:
             with suppress(OSError):  # the storage may be slow to answer; the next word will do
                 say_alive()
 
-    say_alive()
+    try:
+        say_alive()
+    except OSError as error:
+        raise UserError(f"output cannot be written to: {output.url}: {error.strerror or error}") from None
     thread = threading.Thread(target=refresh, daemon=True)
     thread.start()
     try:

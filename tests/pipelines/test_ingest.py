@@ -565,6 +565,7 @@ def test_shards_without_a_manifest_are_no_data_set(photos: Path, tmp_path: Path)
         (["--input", "{}/parquet/part-*.parquet", "--output", "{}"], "output must not be or hold the input"),
         (["--input", "{}/photos", "--output", "{}/parquet"], "must be empty"),
         (["--input", "{}/photos", "--output", "{}/texts.parquet"], "output must be a folder"),
+        (["--input", "{}/photos", "--output", "{}/texts.parquet/below"], "output cannot be written to"),
         (["--input", "{}/photos", "--output", ""], "output is empty"),
         (["--input", ""], "input is empty"),
     ],
