@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,7 +122,15 @@ def test_the_compiled_parts_compute_the_same_and_are_compiled_once(monkeypatch: 
     monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=counter, fullgraph=True))
     torch._dynamo.reset()
     torch.manual_seed(0)
-    small = {"width": 32, "text_width": 32, "num_heads": 2, "text_heads": 2, "layers": 3, "text_layers": 3, "embed_dim": 16}
+    small: Any = {
+        "width": 32,
+        "text_width": 32,
+        "num_heads": 2,
+        "text_heads": 2,
+        "layers": 3,
+        "text_layers": 3,
+        "embed_dim": 16,
+    }
     plain = msclip.create_model("ms_clip_stem_b32", image_size=32, context_length=12, sharing={"layers": "last:2"}, **small)
     compiled = msclip.build(plain.config)
     compiled.load_state_dict(plain.state_dict())
