@@ -60,6 +60,8 @@ class Case:
     precision: str = "bf16"
     compiled: bool = False
     """Whether through torch.compile: of ours part by part, of a peer the whole model."""
+    save_memory: bool = False
+    """As in `TrainingConfig`."""
     steps: int = 30
     warmup: int = 10
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -102,6 +104,7 @@ def our_step(case: Case, device: torch.device, rank: int) -> Callable[[int], obj
         zero_stage=case.zero_stage,
         precision="bf16" if case.precision == "bf16" else "fp32",
         compiled=case.compiled,
+        save_memory=case.save_memory,
     )
     part = case.batch // case.accumulation_steps
     batches = []
@@ -331,6 +334,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                             zero_stage=zero_stage,
                             accumulation_steps=options.accumulation,
                             compiled=compiled and zero_stage != 3,
+                            save_memory=options.save_memory and compiled and zero_stage != 3,
                             overrides=overrides,
                         )
         for batch in options.encode:
@@ -360,15 +364,17 @@ def main() -> int:
     parser.add_argument(
         "--compiled", nargs="*", type=json.loads, default=[True], metavar="true|false", help="whether through torch.compile"
     )
+    parser.add_argument("--save_memory", action="store_true", help="as training.save_memory")
     parser.add_argument("--overrides", default="{}", help="model settings as JSON, such as '{\"checkpoint_blocks\": true}'")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--profile", help="write the costliest kernels of each case to PREFIX-CASE-rankRANK.txt")
+    parser.add_argument("--commit", help="recorded with the result, where there is no checkout to ask")
     parser.add_argument("--output", required=True, type=Path, help="JSON file to write")
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    head, records = machine(), []
+    head, records = machine() | ({"commit": options.commit} if options.commit else {}), []
     for number, case in enumerate(cases(options)):
         record = run(case, f"{options.profile}-{number}" if options.profile else None)
         records.append(record)
