@@ -15,7 +15,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -175,13 +175,15 @@ def _read(
     plan: Plan,
     place: tuple[int, int, int, int | None],
     units: Iterable[Encoded],
+    keep: Callable[[np.ndarray], np.ndarray],
     tensors: tuple[Tensor, Tensor],
     part_rows: int,
 ) -> None:
     """The thread that hands out what was read, batch by batch, as soon as there is room."""
     end: BaseException | None = None
     try:
-        for step, pieces in pieces_of_batches(plan, *place, units):
+        kept = (replace(unit, files=keep(unit.files)) for unit in units)
+        for step, pieces in pieces_of_batches(plan, *place, kept):
             free = pipeline.free.get()
             if free is None:
                 break
@@ -247,7 +249,8 @@ class Batches:
 
     Args:
         stop_step: `None` for a stream without end.
-        units: what was read, as `Plan.units` lists it; a generator is closed together with the batches.
+        units: what was read, as `Plan.units` lists it; a generator is closed together with the batches. The files are copied
+            at once: they may lie where they must not stay.
         processes: 0 decodes in a thread of this process.
         prefetch: finished batches that wait for the loop.
         device: batches for a GPU lie where it can copy them from without waiting.
@@ -287,13 +290,14 @@ class Batches:
         memory = pool.memory if pool else np.empty(layout.bytes, np.uint8)
         if self._on_gpu:
             _pin(memory)
+        keep = pool.files.keep if pool else np.copy
         pixels, token_ids = layout.arrays(memory)
         # Neither a thread nor the finalizer knows self, so a forgotten loader is collected and its threads end.
         self._finalizer = weakref.finalize(self, _stop, pipeline, pool)
         place = rank, world_size, start_step, stop_step
         part_rows = max(1, min(WORK_ROWS, 2 * share // max(1, processes)))
         tensors = torch.from_numpy(pixels), torch.from_numpy(token_ids)
-        pipeline.run(_read, plan, place, units, tensors, part_rows, name="batches-read")
+        pipeline.run(_read, plan, place, units, keep, tensors, part_rows, name="batches-read")
         for decoder in pool.decoders if pool else [Inline(recipe, layout, memory)]:
             pipeline.run(_decode, decoder, name="batches-decode")
         if helpers:

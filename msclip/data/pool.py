@@ -1,7 +1,7 @@
-"""Decoding processes beside a training worker: files go in through pipes, pixels come out in memory that both share.
+"""Decoding processes beside a training worker: files go in and pixels come out in memory that both share.
 
-The training process spends a few microseconds of Python on sixty images: it hands a piece of a row group's bytes, as it was
-read, to a pipe, and is told when pixels and token ids are in their places. One process is started; it imports and builds what
+The training process spends a few microseconds of Python on sixty images: it says through a pipe where their files are, and is
+told when pixels and token ids are in their places. One process is started; it imports and builds what
 all need and forks them, so sixteen take the time and nearly the memory of one. The memory has no name in the file system and
 pipes end with their owner: whoever is killed, nothing is left behind.
 """
@@ -24,10 +24,15 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 import numpy as np
 
 from msclip.data.decode import Recipe, Replaced
+from msclip.data.memory import FileMemory
 from msclip.errors import TrainingError, UserError
 
 _NICENESS = 4
 """Decoding takes the time that training leaves. Ray runs its workers at 15, and the scale ends at 19."""
+
+_ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
+"""For glibc: the memory of an image is kept for the next one. It would be given back to the system and come anew, page by page,
+for each image: up to a third of decoding."""
 
 
 class Layout(NamedTuple):
@@ -136,13 +141,15 @@ class Pool:
     """`count` decoding processes that fill `memory`, which lies as `layout` says."""
 
     def __init__(self, recipe: Recipe, layout: Layout, count: int):
-        descriptor = os.memfd_create("msclip-batches")
+        descriptor, files = os.memfd_create("msclip-batches"), os.memfd_create("msclip-files")
         os.ftruncate(descriptor, layout.bytes)
         self.memory = np.frombuffer(mmap.mmap(descriptor, layout.bytes), np.uint8)
+        self.files = FileMemory(files)
         pairs = [socket.socketpair() for _ in range(count + 1)]
-        theirs = [descriptor, *(pair[1].detach() for pair in pairs)]
+        theirs = [descriptor, files, *(pair[1].detach() for pair in pairs)]
         # -P: the working folder is no place for modules. What this process can import, the other can.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+        paths = os.pathsep.join(p for p in sys.path if p)
+        environment = {**_ALLOCATION, **os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-P", "-c", "from msclip.data.pool import serve; serve()", *map(str, theirs)]
         self._process = subprocess.Popen(command, pass_fds=theirs, env=environment, stdin=subprocess.DEVNULL)
         for number in theirs:
@@ -182,10 +189,12 @@ class _Process:
         self._connection, self._pool = connection, pool
 
     def decode(self, work: Work) -> list[Replaced]:
+        places = [self._pool.files.place(piece) for piece in work.files]
         try:
-            self._connection.send_bytes(pickle.dumps((work._replace(files=()), len(work.files)), 5))
-            for piece in work.files:
-                self._connection.send_bytes(piece.data)
+            self._connection.send_bytes(pickle.dumps((work._replace(files=()), places), 5))
+            for place, piece in zip(places, work.files, strict=True):
+                if place is None:
+                    self._connection.send_bytes(piece.data)
             answer = self._connection.recv_bytes()
         except (OSError, EOFError):
             self._pool.say_why()
@@ -203,7 +212,7 @@ class _Process:
 
 def serve() -> NoReturn:
     """The first process: forks a decoder for each connection, tells of their deaths, and ends them with its owner."""
-    memory_number, control_number, *numbers = map(int, sys.argv[1:])
+    memory_number, files_number, control_number, *numbers = map(int, sys.argv[1:])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the owner, with whom this ends
     os.nice(_NICENESS)
     control = Connection(control_number)
@@ -211,13 +220,14 @@ def serve() -> NoReturn:
     with contextlib.suppress(OSError, EOFError):
         recipe, layout = pickle.loads(control.recv_bytes())
         arrays = layout.arrays(np.frombuffer(mmap.mmap(memory_number, layout.bytes), np.uint8))
+        files = memoryview(mmap.mmap(files_number, 0, prot=mmap.PROT_READ))
         _ = recipe.tokenizer  # built once for all
         for number in numbers:
             child = os.fork()
             if not child:
                 for other in {control_number, *numbers} - {number}:
                     os.close(other)
-                _decode_all(Connection(number), recipe, arrays)
+                _decode_all(Connection(number), recipe, arrays, files)
             children.append(child)
         for number in numbers:
             os.close(number)
@@ -234,12 +244,12 @@ def serve() -> NoReturn:
     os._exit(0)
 
 
-def _decode_all(connection: Connection, recipe: Recipe, arrays: tuple[np.ndarray, np.ndarray]) -> NoReturn:
+def _decode_all(connection: Connection, recipe: Recipe, arrays: tuple[np.ndarray, np.ndarray], memory: memoryview) -> NoReturn:
     """A forked decoder: work after work, until its owner is gone."""
     with contextlib.suppress(OSError, EOFError):
         while True:
-            work, pieces = pickle.loads(connection.recv_bytes())
-            files = [connection.recv_bytes() for _ in range(pieces)]
+            work, places = pickle.loads(connection.recv_bytes())
+            files = [memory[p.begin : p.begin + p.size] if p else connection.recv_bytes() for p in places]
             answer: Any
             try:
                 answer = decode_into(recipe, work._replace(files=files), *arrays)
