@@ -44,6 +44,9 @@ SPAN_TASKS = 512
 _EARLY_TASKS = 64
 """Left when the next span starts."""
 _PREFETCH_TASKS = 4
+_AHEAD_BYTES = 512 * 2**20
+"""Most that a worker's stream holds in object memory: seconds of work, as storage may pause. More would only be more memory to
+touch for the first time, which costs as much as reading does."""
 _STORE_SHARE = 0.4
 """Of the cluster's object memory, for what was read and not fetched, of all workers; two spans overlap for a while, hence
 under 1/2."""
@@ -178,15 +181,15 @@ class _Span:
         repeated.add(notes["repeated"])
         if "error" in notes:
             raise UserError(notes["error"])
-        # Copied out of shared memory: what is held there counts for nobody, and would stop the executor at its limit.
-        files, numbers = (np.frombuffer(block[name].chunk(0)[0].as_buffer(), kind).copy() for name, kind in _ARRAYS)
+        numbers = _array(block, "numbers", np.int64).copy()
         captions = block["captions"][0].as_py()
-        file_at = row_at = 0
-        for epoch, count, size in notes["units"]:
-            rows = slice(row_at, row_at + count)
+        at = 0
+        for index, (epoch, count) in enumerate(notes["units"]):
+            rows = slice(at, at + count)
             row, ends = numbers.reshape(2, -1)[:, rows]
-            yield Encoded(epoch, row, files[file_at : file_at + size], ends, tuple(captions[rows]))
-            file_at, row_at = file_at + size, row_at + count
+            # The files stay in object memory, for as long as somebody refers to them.
+            yield Encoded(epoch, row, _array(block, f"files{index}", np.uint8), ends, tuple(captions[rows]))
+            at += count
 
     def close(self) -> None:
         """Ends the execution if it still runs."""
@@ -194,7 +197,8 @@ class _Span:
             self._blocks.close()
 
 
-_ARRAYS: tuple[tuple[str, Any], ...] = (("files", np.uint8), ("numbers", np.int64))
+def _array(block: pa.Table, column: str, kind: type) -> np.ndarray:
+    return np.frombuffer(block[column].chunk(0)[0].as_buffer(), kind)
 
 
 def _wait_for_nodes(span: "Future[_Span | None]", idle: float) -> None:
@@ -239,7 +243,9 @@ def _context(unit_bytes: int, world_size: int) -> DataContext:
     options.preserve_order, options.verbose_progress = True, False
     # Each worker's execution would otherwise count on half of the cluster's memory for itself.
     store = ray.cluster_resources().get("object_store_memory", 0)
-    options.resource_limits = ExecutionResources.for_limits(object_store_memory=_STORE_SHARE * store / world_size)
+    options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=min(_AHEAD_BYTES, _STORE_SHARE * store / world_size)
+    )
     return context
 
 
@@ -270,14 +276,12 @@ def _read(task: range, shared: _Handle, units: ray.ObjectRef) -> list[Block]:
     except UserError as error:  # raised in the training worker: Ray would wrap it in two tracebacks
         read, notes = [], {"error": str(error)}
     else:
-        notes = {"units": [(unit.epoch, len(unit.row), len(unit.files)) for unit in read]}
+        notes = {"units": [(unit.epoch, len(unit.row)) for unit in read]}
     notes["repeated"] = repeated.take()
-    nothing = np.empty(0, np.uint8)
-    arrays = {
-        "files": np.concatenate([nothing, *(unit.files for unit in read)]),
-        "numbers": np.concatenate([nothing, *(unit.row for unit in read), *(unit.ends for unit in read)]).astype(np.int64),
-    }
-    cells = {name: _as_cell(array) for name, array in arrays.items()}
+    numbers = np.concatenate([np.empty(0, np.int64), *(unit.row for unit in read), *(unit.ends for unit in read)])
+    # A column for each unit's files: joined they would be copied once more.
+    cells = {f"files{index}": _as_cell(unit.files) for index, unit in enumerate(read)}
+    cells["numbers"] = _as_cell(numbers.astype(np.int64))
     captions = pa.array([[caption for unit in read for caption in unit.captions]], pa.list_(pa.string()))
     return [pa.table({**cells, "captions": captions, "notes": [json.dumps(notes)]})]
 
