@@ -1,15 +1,17 @@
 """CLIP's text: cleaned captions, byte-level BPE with an end-of-word mark, a start and an end token, padding with 0.
 
-All of it runs in the `tokenizers` library except the cleaning. The end token has the largest id of the vocabulary,
-because the models pool the text where the largest id stands. An over-long caption keeps its end token last; the
-official MS-CLIP tokenizer cuts it off (`truncation="official"`), after which every over-long caption has the same
-embedding.
+All of it runs in the `tokenizers` library except the cleaning, and except that the ids of a word are remembered: putting
+a caption's together costs a quarter of what the library needs, which is a twentieth of decoding. The end token has the
+largest id of the vocabulary, because the models pool the text where the largest id stands. An over-long caption keeps its
+end token last; the official MS-CLIP tokenizer cuts it off (`truncation="official"`), after which every over-long caption
+has the same embedding.
 """
 
 from __future__ import annotations
 
 import gzip
 import html
+import itertools
 import json
 import os
 import re
@@ -34,6 +36,10 @@ if TYPE_CHECKING:
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 FORMAT = "msclip-tokenizer/1"
+_PLAIN_WORDS = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
+"""`_WORDS` for cleaned ASCII."""
+_REMEMBERED, _LONG_WORD = 2**16, 32
+"""Words, and characters of one that is not worth it."""
 CLIP_MERGES = 49408 - 512 - 2
 """OpenAI's file holds many more merges than its vocabulary uses."""
 
@@ -73,7 +79,9 @@ class Tokenizer:
             start, end = "<|startofcaption|>", "<|endofcaption|>"
             if library.token_to_id(end) != _largest_id(library):
                 library.add_special_tokens([start, end])
-        self.start_id, self.end_id = library.token_to_id(start), library.token_to_id(end)
+        special: Any = library.token_to_id  # its own type allows for None, and these are there
+        self.start_id: int = special(start)
+        self.end_id: int = special(end)
         self.vocab_size = _largest_id(library) + 1
         assert self.end_id == self.vocab_size - 1
         library.post_processor = processors.TemplateProcessing(
@@ -85,6 +93,8 @@ class Tokenizer:
         else:
             library.no_truncation()
         self._library = library
+        self._by_words = _splits_as_clip(library)
+        self._remembered_ids = lru_cache(_REMEMBERED)(self._word_ids)
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, context_length: int = 77) -> Tokenizer:
@@ -137,11 +147,30 @@ class Tokenizer:
 
     def encode_numpy(self, texts: Sequence[str]) -> Int32[np.ndarray, "captions context_length"]:
         """Token ids of each caption: start, its tokens, end, then zeros."""
-        ids = np.zeros((len(texts), self.context_length), np.int32)
-        for row, encoding in zip(ids, self._library.encode_batch_fast([clean(t) for t in texts]), strict=True):
-            kept = encoding.ids[: self.context_length]
-            row[: len(kept)] = kept
+        cleaned = [clean(text) for text in texts]
+        remembered = [self._by_words and text.isascii() and text.isprintable() and "<|" not in text for text in cleaned]
+        others = iter(self._library.encode_batch_fast([t for t, known in zip(cleaned, remembered, strict=True) if not known]))
+        rows = [
+            self._joined(text) if known else next(others).ids[: self.context_length]
+            for text, known in zip(cleaned, remembered, strict=True)
+        ]
+        ids = np.zeros((len(rows), self.context_length), np.int32)
+        lengths = np.array([len(row) for row in rows], np.int64)
+        ids[np.arange(self.context_length) < lengths[:, None]] = list(itertools.chain.from_iterable(rows))
         return ids
+
+    def _joined(self, text: str) -> list[int]:
+        """What the library makes of a text without special tokens: BPE looks at each word alone."""
+        ids = [self.start_id]
+        for word in _PLAIN_WORDS.findall(text):
+            ids += self._remembered_ids(word) if len(word) < _LONG_WORD else self._word_ids(word)
+        if self.truncation == "end":
+            del ids[self.context_length - 1 :]
+        ids.append(self.end_id)
+        return ids[: self.context_length]
+
+    def _word_ids(self, word: str) -> list[int]:
+        return self._library.encode(word, add_special_tokens=False).ids
 
     def __call__(self, texts: str | Sequence[str]) -> Int64[Tensor, "captions context_length"]:
         """`encode_numpy` as a tensor; one text gives one row."""
@@ -253,6 +282,14 @@ def _untrained(model: models.BPE) -> tokenizers.Tokenizer:
     )
     library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(WORD_END, " ")])
     return library
+
+
+def _splits_as_clip(library: tokenizers.Tokenizer) -> bool:
+    """Whether a text's ids are those of its words as `_untrained` splits it, unless it holds a special token: a <|...|>."""
+    mine, clip = (json.loads(each.to_str()) for each in (library, _untrained(models.BPE())))
+    alike = all(mine[part] == clip[part] for part in ("normalizer", "pre_tokenizer"))
+    marked = all(token.content.startswith("<|") for token in library.get_added_tokens_decoder().values())
+    return alike and marked and mine["model"]["type"] == "BPE" and not mine["model"]["dropout"]
 
 
 def _byte_symbols() -> list[str]:

@@ -7,13 +7,16 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from msclip.data.tokenizer import Tokenizer, clean
+from msclip.data.tokenizer import Tokenizer, Truncation, clean
 from msclip.errors import UserError
 
 CAPTIONS = [
@@ -82,6 +85,22 @@ def test_any_text_comes_back_through_a_tokenizer_that_never_saw_its_bytes(traine
     roomy = Tokenizer.train(CAPTIONS, 560, context_length=99)
     assert roomy.decode(roomy("Ein Bär 🐻 in 北京")[0]) == "ein bär 🐻 in 北京"
     assert trained.decode(trained("A red  circle")[0]) == "a red circle"
+
+
+WORDS = st.sampled_from(
+    ["dog", "dog's", "they'll", "x'x", "3 dogs", "12", "<|endoftext|>", "<|", "a_b-c", "!!?", "Ä", "long" * 10, "\x1c", " "]
+)
+
+
+@given(st.lists(WORDS | st.text(st.characters(max_codepoint=0x100), max_size=8), max_size=12), st.sampled_from(["", " "]))
+def test_remembered_words_give_the_ids_of_the_library(trained: Tokenizer, parts: list[str], space: str) -> None:
+    text = space.join(parts)
+    for truncation in get_args(Truncation):
+        tokenizer = Tokenizer(trained._library, 12, truncation)
+        library = tokenizers.Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_json())["tokenizer"]))
+        expected = library.encode(clean(text)).ids[:12]
+        for _ in range(2):  # new words, and words that have been seen
+            assert tokenizer.encode_numpy([text])[0].tolist() == expected + [0] * (12 - len(expected))
 
 
 def test_frequent_words_become_one_token(trained: Tokenizer) -> None:
