@@ -4,11 +4,13 @@ Each training worker has its own stream. A task reads a few units, and its resul
 arrays), so Ray Data can neither split nor join units; with `preserve_order` they arrive as listed. Images stay compressed on
 their way: decoded they would be ten times the bytes for the object store, the network and the training process to move. A
 stream is cut into spans of tasks because an execution plans all its tasks at the start (5 ms each on two busy cores); the
-next span starts while the last tasks of the previous one come.
+next span starts while the last tasks of the previous one come. Until the first one has started, which takes seconds, the
+training worker reads for itself; what then comes once more is passed over.
 
 A task carries two object references instead of the manifest and the row ids: those are fetched once a process.
 """
 
+import collections
 import hashlib
 import itertools
 import json
@@ -118,7 +120,8 @@ def ray_units(
     """
     content = _Shared(manifest, plan.seed)
     shared = _Handle(hashlib.sha256(pickle.dumps(content)).hexdigest(), ray.put(content))
-    units = plan.units(rank, world_size, start_step, stop_step)
+    place = rank, world_size, start_step, stop_step
+    units = plan.units(*place)
     row_bytes = sum(shard.size for shard in manifest.shards) / manifest.rows
     task_units = max(1, round(task_bytes / (row_bytes * plan.unit_rows)))
     context = _context(round(row_bytes * plan.unit_rows * task_units), world_size)
@@ -127,26 +130,47 @@ def ray_units(
         listed = list(itertools.islice(units, span_tasks * task_units))
         return _Span(listed, task_units, row_bytes, shared, context) if listed else None
 
-    # Ray Data needs seconds to start. Meanwhile the units of the first batch are read here.
-    first = plan.units(rank, world_size, start_step, start_step + 1)
-    head = list(itertools.islice(units, sum(1 for _ in first)))
+    # Ray Data needs seconds to start. What the first batch needs is read here, and what follows until Ray Data brings it.
+    head = list(itertools.islice(units, sum(1 for _ in plan.units(rank, world_size, start_step, start_step + 1))))
+    more = itertools.islice(plan.units(*place), len(head), len(head) + span_tasks * task_units)
     idle = ray.available_resources().get("CPU", 0)
     spans = [_in_background(start)]  # the current one, and from its last tasks on the next
+    twice = 0
+    pool = ThreadPoolExecutor(_HEAD_THREADS, thread_name_prefix="first-units")
     try:
-        with ThreadPoolExecutor(_HEAD_THREADS, thread_name_prefix="first-units") as pool:
-            yield from pool.map(lambda unit: _patiently(partial(read_unit, manifest, unit, plan.seed)), head)
+        yield from _mapped(pool, partial(_read_patiently, shared=content), iter(head))
+        if idle >= READ_CPUS:  # else nothing may ever come, and that is to be said soon
+            for read in _mapped(pool, partial(_read_patiently, shared=content), more):
+                if spans[0].done():
+                    break
+                yield read
+                twice += 1
+        pool.shutdown(wait=False, cancel_futures=True)
         if idle < READ_CPUS:
             _wait_for_nodes(spans[0], idle)
         while (span := spans[0].result()) is not None:
             for left in range(span.count - 1, -1, -1):
                 if left <= _EARLY_TASKS and len(spans) == 1:
                     spans.append(_in_background(start))
-                yield from span.next()
+                for read in span.next():
+                    if twice:
+                        twice -= 1
+                    else:
+                        yield read
             spans.pop(0)
             span.close()
     finally:
+        pool.shutdown(wait=False, cancel_futures=True)
         for future in spans:
             future.add_done_callback(_close)
+
+
+def _mapped(pool: ThreadPoolExecutor, action: Callable[[Unit], T], units: Iterator[Unit]) -> Iterator[T]:
+    """Like `pool.map`, no further ahead than two for each thread."""
+    coming = collections.deque(pool.submit(action, unit) for unit in itertools.islice(units, 2 * _HEAD_THREADS))
+    while coming:
+        yield coming.popleft().result()
+        coming.extend(pool.submit(action, unit) for unit in itertools.islice(units, 1))
 
 
 class _Pause(ExecutionCallback):
@@ -268,11 +292,11 @@ class _PlanSource(Datasource):
 
 def _read(task: range, shared: _Handle, units: ray.ObjectRef) -> list[Block]:
     """The task: some units, as one row of arrays and a note on how to take them apart."""
-    manifest, seed = _fetch_shared(shared)
+    content = _fetch_shared(shared)
     listed = _fetch_units(units)
     notes: dict[str, Any]
     try:
-        read = [_patiently(partial(read_unit, manifest, listed.unit(index), seed)) for index in task]
+        read = [_read_patiently(listed.unit(index), content) for index in task]
     except UserError as error:  # raised in the training worker: Ray would wrap it in two tracebacks
         read, notes = [], {"error": str(error)}
     else:
@@ -291,13 +315,13 @@ def _as_cell(array: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, array.nbytes])), pa.py_buffer(array)])
 
 
-def _patiently(action: Callable[[], T]) -> T:
+def _read_patiently(unit: Unit, shared: _Shared) -> Encoded:
     for attempt in range(_ATTEMPTS - 1):
         try:
-            return action()
+            return read_unit(shared.manifest, unit, shared.seed)
         except OSError:
             time.sleep(2**attempt)
-    return action()
+    return read_unit(shared.manifest, unit, shared.seed)
 
 
 @lru_cache(maxsize=4)

@@ -7,6 +7,7 @@ pipes end with their owner: whoever is killed, nothing is left behind.
 """
 
 import contextlib
+import gc
 import mmap
 import os
 import pickle
@@ -222,6 +223,7 @@ def serve() -> NoReturn:
         arrays = layout.arrays(np.frombuffer(mmap.mmap(memory_number, layout.bytes), np.uint8))
         files = memoryview(mmap.mmap(files_number, 0, prot=mmap.PROT_READ))
         _ = recipe.tokenizer  # built once for all
+        gc.freeze()  # what there is by now stays: nobody needs to look through it again and again
         for number in numbers:
             child = os.fork()
             if not child:
