@@ -222,7 +222,7 @@ class Recipe:
     def _view(self, file: bytes | memoryview, epoch: int, row: int, out: UInt8[np.ndarray, "size size 3"]) -> None:
         """Writes the view of an image file that a row has in an epoch."""
         if self.augment is None:
-            out[:] = np.asarray(self.preprocess.view(file))
+            self.preprocess.write_view(file, out)
         else:
             rng = np.random.default_rng((self.seed, _AUGMENT, epoch, row))
             out[:] = np.asarray(self.preprocess.train_view(file, self.augment, rng))
