@@ -32,10 +32,13 @@ if TYPE_CHECKING:  # a decoding process needs these only to replace a bad row
 # What random numbers are for, after the seed in their key; 0 and 1 are the plan's.
 _AUGMENT, _CAPTION = 2, 3
 
+_SEARCHED_GROUPS = 8
+"""For a good row in the place of a bad one: row groups may have a single row, and a whole one may be bad."""
+
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that could not be used. Another row of its row group took its place."""
+    """A row that could not be used. Another row, of its row group if that has a good one, took its place."""
 
     source: str
     """The folder of shards, as `Manifest.home` has it."""
@@ -198,11 +201,11 @@ class Recipe:
     ) -> list[Replaced]:
         """Fills `pixels` and `token_ids`; returns what had to stand in for bad rows.
 
-        A bad row is replaced by the next good row of its row group (after the last row comes the first), with the
-        augmentation and the turn of caption that are the bad row's.
+        A bad row is replaced by the next good row of its row group (after the last row comes the first), else the first good
+        one of the row groups after it, with the augmentation and the turn of caption that are the bad row's.
 
         Raises:
-            UserError: not one row of a row group can be used, or its file is gone or has changed.
+            UserError: not one row of eight row groups can be used, or a file is gone or has changed.
             OSError: the storage failed.
         """
         replaced = []
@@ -230,33 +233,45 @@ class Recipe:
     def _replace(self, place: int, epoch: int, row: int, out: UInt8[np.ndarray, "size size 3"]) -> Replaced:
         group = int(self.manifest.locate([row])[0])
         where = self.manifest.row_groups[group]
-        table = self.manifest.read(group, keep=True)
-        files, cells = _image_files(table, self.manifest.image_column), table[self.manifest.caption_column]
-        offset = row - where.first_row
-        reasons = []
-        for candidate in [*range(offset, where.rows), *range(offset)]:
-            file, captions = files[candidate].as_py(), _captions(cells[candidate].as_py())
-            reason = "no image" if file is None else "no caption" if not captions else None
-            if not reason:
-                try:
-                    self._view(file, epoch, row, out)
-                except BadImage as error:
-                    reason = str(error)
-            if not reason:
+        home, shard, offset = self.manifest.home(group), self.manifest.shards[where.shard], row - where.first_row
+        for candidate, file, captions in self._near(group, row):
+            if candidate in self._reasons:
+                continue
+            if file is None or not captions:
+                self._reasons[candidate] = "no image" if file is None else "no caption"
+                continue
+            try:
+                self._view(file, epoch, row, out)
                 break
-            reasons.append(reason)
-        home, shard = self.manifest.home(group), self.manifest.shards[where.shard]
-        if len(reasons) == where.rows:
+            except BadImage as error:
+                self._reasons[candidate] = str(error)
+        else:
             raise UserError(
-                f"no row of row group {where.row_group} of {home}/{shard.file} can be used; row {offset}: "
-                f"{reasons[0]}. Remove the file or ingest it again: ingest leaves bad rows out"
+                f"no row of row group {where.row_group} of {home}/{shard.file} can be used, nor of the {_SEARCHED_GROUPS - 1} "
+                f"after it; row {offset}: {self._reasons[row]}. Remove the file or ingest it again: ingest leaves bad rows out"
             )
-        assert reasons, f"row {row} could not be decoded, and then could"
+        assert candidate != row, f"row {row} could not be decoded, and then could"
+        table = self.manifest.read(group, keep=True)
         key = table["key"][offset].as_py() if "key" in table.column_names else None
         key = "" if key is None else str(key)
-        bad = BadRow(home, shard.file, shard.size, where.row_group, offset, key, reasons[0])
+        bad = BadRow(home, shard.file, shard.size, where.row_group, offset, key, self._reasons[row])
         turn = caption_turns(np.array([len(captions)]), self.seed, epoch, np.array([row]))[0]
         return Replaced(place, bad, captions[turn])
+
+    def _near(self, own: int, row: int) -> Iterator[tuple[int, bytes | None, list[str]]]:
+        """A row, then those that may stand in for it: of its row group, then of the row groups that follow it in its source."""
+        for group in self.manifest.following(own, _SEARCHED_GROUPS):
+            where = self.manifest.row_groups[group]
+            table = self.manifest.read(group, keep=True)
+            files, cells = _image_files(table, self.manifest.image_column), table[self.manifest.caption_column]
+            first = row - where.first_row if group == own else 0
+            for at in [*range(first, where.rows), *range(first)]:
+                yield where.first_row + at, files[at].as_py(), _captions(cells[at].as_py())
+
+    @cached_property
+    def _reasons(self) -> dict[int, str]:
+        """Why rows cannot be used, as far as this process has met them: in a bad row group each is asked for by all."""
+        return {}
 
 
 def read_units(manifest: Manifest | Mixture, units: Iterable[Unit], seed: int) -> Iterator[Encoded]:

@@ -118,6 +118,12 @@ class Mixture:
         """The index in `row_groups` of each row id."""
         return np.searchsorted(self._end_row, rows, side="right")
 
+    def following(self, group: int, count: int) -> list[int]:
+        """As `Manifest.following`, inside the row group's own source."""
+        source = int(self._source_of[group])
+        first = self._first_group[source]
+        return [first + each for each in self.sources[source].manifest.following(group - first, count)]
+
     def home(self, group: int) -> str:
         """The folder in which the shard of a row group is named: its path or bucket, without what else a URL may hold."""
         return self.sources[self._source_of[group]].manifest.folder.path

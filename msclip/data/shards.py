@@ -223,6 +223,11 @@ class Manifest:
         """The index in `row_groups` of each row id."""
         return np.searchsorted(self._first_row, rows, side="right") - 1
 
+    def following(self, group: int, count: int) -> list[int]:
+        """A row group and those after it, at most `count`; after the last comes the first."""
+        groups = len(self.row_groups)
+        return [(group + i) % groups for i in range(min(count, groups))]
+
     def home(self, group: int) -> str:
         """The folder in which the shard of a row group is named: its path or bucket, without what else a URL may hold."""
         return self.folder.path

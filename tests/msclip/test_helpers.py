@@ -242,10 +242,9 @@ def test_closing_does_not_wait_for_a_helper_that_says_nothing(
 
 
 def test_an_error_in_the_data_keeps_its_words(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    images: list[bytes | None] = [picture(i) if i < 30 else b"broken" for i in range(ROWS)]
-    manifest = write(tmp_path, images, good_captions())
+    manifest = write(tmp_path, [b"broken"] * ROWS, good_captions())
     friends = Friends(Friend, recipe_of(manifest, tokenizer))
-    with pytest.raises(UserError, match=r"no row of row group \d of .*/1\.parquet can be used"):
+    with pytest.raises(UserError, match=r"no row of row group \d of .*\.parquet can be used"):
         helped(manifest, tokenizer, friends)
 
 

@@ -234,10 +234,25 @@ def test_bad_rows_are_replaced_alike_on_any_number_of_workers(damaged: Manifest,
     assert sum(len(b.bad) for share in ranks for b in share) == sum(len(b.bad) for b in whole)
 
 
-def test_a_row_group_without_a_good_row_is_an_error_that_names_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    images: list[bytes | None] = [picture(i) if i >= 6 else b"broken" for i in range(ROWS)]
+def test_a_row_group_without_a_good_row_takes_the_first_of_the_next_one_that_has_some(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    sizes = write(tmp_path, [picture(i) for i in range(ROWS)], good_captions()).sizes.tolist()
+    last = ROWS - sizes[-1]  # the last row group, after which comes the first, and the first are bad
+    images: list[bytes | None] = [picture(i) if sizes[0] < i < last else b"broken" for i in range(ROWS)]
     manifest = write(tmp_path, images, good_captions())
-    with pytest.raises(UserError, match=r"no row of row group 0 of .*/0\.parquet can be used; row \d: not an image"):
+    found = batches(manifest, tokenizer)
+    for batch in found:
+        wanted = [row if sizes[0] < row < last else sizes[0] + 1 for row in batch.rows.tolist()]
+        assert numbers(tokenizer, batch.token_ids) == wanted
+    assert len({(bad.shard, bad.row_group, bad.row) for batch in found for bad in batch.bad}) == sizes[0] + 1 + sizes[-1]
+    ranks = [batches(manifest, tokenizer, rank, 4) for rank in range(4)]
+    assert same(joined(ranks), found)
+
+
+def test_rows_without_a_good_one_near_are_an_error_that_names_them(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    manifest = write(tmp_path, [b"broken"] * ROWS, good_captions())
+    with pytest.raises(UserError, match=r"no row of row group \d of .*\.parquet can be used, nor .*; row \d: not an image"):
         batches(manifest, tokenizer)
 
 

@@ -92,6 +92,13 @@ def test_paths_become_pinned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert pinned({"a": SourceConfig("emoji", 2, "i", "c")}) == {"a": SourceConfig(str(folder / "emoji"), 2, "i", "c")}
 
 
+def test_row_groups_are_followed_by_those_of_their_own_source(folder: Path) -> None:
+    data = Mixture.load([str(folder / "flickr"), str(folder / "emoji")])
+    flickr, emoji = (len(source.manifest.sizes) for source in data.sources)
+    assert data.following(flickr - 1, 2) == [flickr - 1, 0]
+    assert data.following(flickr + 1, 99) == [*range(flickr + 1, flickr + emoji), flickr]
+
+
 def test_what_cannot_be_a_mixture_is_refused_by_name(folder: Path) -> None:
     emoji = str(folder / "emoji")
     with pytest.raises(UserError, match="weight is missing for b, c"):

@@ -86,11 +86,11 @@ def test_batches_through_ray_and_processes_are_those_of_one_process(tmp_path: Pa
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_mistake_in_the_data_reaches_the_loop_in_its_own_words(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    manifest = write(tmp_path / "x.parquet", range(10, ROWS))
+    manifest = write(tmp_path / "x.parquet", range(0))
     plan = Plan(manifest.sizes, 16, seed=3)
     recipe = Recipe.of(manifest, PREPROCESS, AUGMENT, tokenizer, plan.seed)
     with (
-        pytest.raises(UserError, match=r"^no row of row group 0 of .*x\.parquet can be used; row \d: not an image\."),
+        pytest.raises(UserError, match=r"^no row of row group \d of .*x\.parquet can be used, nor .*; row \d+: not an image\."),
         Batches(plan, 0, 1, 0, None, stream(manifest, plan, 0, 1, 0, None), recipe, processes=1) as batches,
     ):
         list(batches)

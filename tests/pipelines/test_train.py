@@ -151,16 +151,16 @@ def test_data_that_one_worker_cannot_use_stop_both_in_one_paragraph(
     folder: Path, ray_session: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     table = pq.read_table(folder / "pairs.parquet")
-    images = [b"broken" if 40 <= i < 45 else image for i, image in enumerate(table["image"].to_pylist())]
+    images = [b"broken" if 40 <= i < 80 else image for i, image in enumerate(table["image"].to_pylist())]
     broken = table.set_column(table.schema.get_field_index("image"), "image", pa.array(images))
     pq.write_table(broken, folder / "broken.parquet", row_group_size=5)
-    # One lane, so that the five rows come one after another.
+    # One lane, so that the rows of a row group come one after another; the eighth is followed by seven that are as bad.
     arguments = ["--data.train", str(folder / "broken.parquet"), "--data.lanes", "1", "--data.window", "1"]
     began = time.monotonic()
     assert start(folder, "--run.name", "broken", *arguments) == 2
     assert time.monotonic() - began < 90
     error = capfd.readouterr().err
-    assert "no row of row group 8" in error
+    assert "no row of row group 8 " in error
     assert "Traceback" not in error
 
 
