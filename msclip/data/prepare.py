@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from PIL import Image
 
 from msclip.data.hashes import content_hash, perceptual_hash
-from msclip.data.images import MAX_PIXELS, BadImage, open_image
+from msclip.data.images import MAX_PIXELS, BadImage, open_image, read_header
 from msclip.errors import UserError
 
 Format = Literal["jpeg", "webp"]
@@ -97,7 +97,7 @@ class ImageRules:
 
 def _header(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data))
+        return read_header(data)
     except Exception:
         open_image(data)  # says in a few words what is wrong
         raise

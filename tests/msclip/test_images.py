@@ -223,6 +223,7 @@ def half(data: bytes) -> bytes:
         (b"", "empty"),
         (b"a text file\n" * 40, "not an image"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image"),  # a program, for Ghostscript
         (half(encoded(smooth(90, 90), "JPEG")), "truncated"),
         (encoded(smooth(90, 90), "JPEG")[:20], "not an image"),
         (half(encoded(smooth(90, 90), "PNG")), "truncated"),
