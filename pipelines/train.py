@@ -61,6 +61,7 @@ class Prepared:
             window=data.window,
             portions=self.data.portions,
             skip=self.skip,
+            resample=data.resample,
         )
 
     @property

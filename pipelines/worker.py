@@ -128,6 +128,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "data.lanes": list(lanes) if several else lanes[0],
         "data.window": list(windows) if several else windows[0],
         "rows of each source in a batch": list(parts) if several else None,
+        "weights of data.resample": [portion.weight for portion in plan.portions] if plan.resample else None,
         "data.skip_quarantined": quarantine.digest(prepared.skip),
     }
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 UNIT_ROWS = 256
 """Decoded at 224 pixels a side, 37 MiB: small enough to be one block of Ray Data, large enough to be one task."""
@@ -23,6 +23,7 @@ class Window(NamedTuple):
     """Rows of a lane that are shuffled together."""
 
     epoch: int
+    """With `odds` a number of the window's own, at least 2**32 * the epoch."""
     first_group: int
     """Position of its first row group in the epoch's order of row groups."""
     begin: int
@@ -61,6 +62,9 @@ class Lanes:
         skipped: sorted ids of the rows that are left out.
         width: rows that all lanes together give to a batch.
         key: of the random numbers, after the seed and the purpose.
+        odds: draws the row groups of an epoch with replacement, each as often as its number says in proportion to the others'.
+            An epoch is then as many rows as there are, of which some come several times and others not at all. None: each
+            row group comes once.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class Lanes:
         key: tuple[int, ...],
         lanes: int,
         window: int,
+        odds: Float64[np.ndarray, " groups"] | None = None,
     ):
         self.sizes, self.width, self.lanes, self.window = sizes, width, lanes, window
         self.rows = int(sizes.sum())
@@ -80,6 +85,7 @@ class Lanes:
         # How many of the rows that are kept precede each one that is left out.
         self._kept_before = skipped - first_row - np.arange(len(skipped))
         self._first_row = np.cumsum(sizes) - sizes
+        self._odds = None if odds is None else np.cumsum(odds * (sizes > 0)) / np.sum(odds * (sizes > 0))
         # Of `width` columns, [edge[l], edge[l + 1]) belong to lane l.
         self._edge = [width * lane // lanes for lane in range(lanes + 1)]
         self._epoch_order = lru_cache(maxsize=4)(self._make_epoch_order)
@@ -102,13 +108,24 @@ class Lanes:
             until = min(window + self.window, len(ends))
             low = max(left, int(ends[window - 1]) if window else 0)
             high = min(right, int(ends[until - 1]))
-            yield Window(epoch, window, begin + low - left, self._window_rows(epoch, window, until, low, high))
+            # Of a row group that is drawn twice in an epoch, crops and captions are drawn twice too.
+            turn = epoch if self._odds is None else epoch << 32 | window
+            yield Window(turn, window, begin + low - left, self._window_rows(epoch, window, until, low, high))
             position = begin + high - left
 
     def _make_epoch_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's row groups in order, and where in the concatenation of their rows each ends."""
-        order = _permutation(len(self.sizes), self._seed, 0, epoch, *self._key)
-        return order, np.cumsum(self.sizes[order])
+        if self._odds is None:
+            order = _permutation(len(self.sizes), self._seed, 0, epoch, *self._key)
+            return order, np.cumsum(self.sizes[order])
+        bits = _bits(self._seed, 0, epoch, *self._key)
+        order, ends = np.zeros(0, np.int64), np.zeros(1, np.int64)
+        while ends[-1] < self.rows:
+            drawn = np.searchsorted(self._odds, bits.random_raw(len(self.sizes)) / 2.0**64, side="right")
+            order = np.append(order, np.minimum(drawn, len(self.sizes) - 1))
+            ends = np.cumsum(self.sizes[order])
+        count = int(np.searchsorted(ends, self.rows)) + 1
+        return order[:count], ends[:count]
 
     def _make_window_rows(self, epoch: int, window: int, until: int, low: int, high: int) -> np.ndarray:
         """Positions low to high of the epoch's order, which lie in its row groups window to until, shuffled."""
@@ -151,4 +168,8 @@ def _permutation(n: int, *key: int) -> np.ndarray:
 
     By sorting raw bits: NumPy keeps those equal over its versions, but not `Generator.permutation`.
     """
-    return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(n), kind="stable")
+    return np.argsort(_bits(*key).random_raw(n), kind="stable")
+
+
+def _bits(*key: int) -> np.random.PCG64:
+    return np.random.PCG64(np.random.SeedSequence(key))

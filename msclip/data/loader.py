@@ -51,6 +51,9 @@ class DataConfig:
     """A folder of shards from `pipelines.ingest`, or a Parquet file, a glob or a folder of files; local or a URL. A list of
     those for all their pairs together. Or sources by name, `{photos: {path: ..., weight: 2}, drawings: {path: ..., weight:
     1}}`: with weights every batch has that part of each, and small ones repeat."""
+    resample: bool = False
+    """Draw row groups with replacement, sources by their weights: right in the long run for the smallest weight, but no batch
+    has a fixed part of each source, and no epoch has every pair. False: fixed parts, every pair once in its source's epochs."""
     image_column: str = "image"
     """The column of encoded images: binary, or struct{bytes, path} as Hugging Face writes it."""
     caption_column: str = "captions"

@@ -11,7 +11,8 @@ lane at any time, a third of an epoch away on average. Defaults (`default_lanes`
 shuffled as a whole, so neighbours too are a third of an epoch apart; a large one has w from 16 to 31 and windows of one row
 group, which is then used over rows / w batches.
 
-Sources with weights each have lanes of their own: a fixed part of every batch, and epochs of their own.
+Sources with weights each have lanes of their own: a fixed part of every batch, and epochs of their own. Or, resampled, all
+share the lanes, and an epoch's row groups are drawn from them with replacement.
 """
 
 import heapq
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from msclip.data.lanes import UNIT_ROWS, Lanes, default_lanes, default_window
 from msclip.errors import UserError
@@ -85,6 +86,8 @@ class Plan:
         window: row groups of a lane whose rows are shuffled together; `None`: `default_window`.
         unit_rows: the most rows a `Unit` has.
         portions: sources to draw from by weight; none for all rows as one.
+        resample: row groups are drawn from all portions with replacement, a row of a portion in proportion to its weight. So a
+            portion has its part of the pairs in the long run, however small, and no row is promised in an epoch.
         skip: ids of rows that never come.
 
     Raises:
@@ -101,11 +104,12 @@ class Plan:
         unit_rows: int = UNIT_ROWS,
         portions: Sequence[Portion] = (),
         skip: Sequence[int] | Int64[np.ndarray, " skipped"] = (),
+        resample: bool = False,
     ):
         sizes = np.asarray(row_group_sizes, dtype=np.int64)
         skipped = np.unique(np.asarray(skip, dtype=np.int64))
-        self._arguments = sizes, global_batch, seed, lanes, window, unit_rows, tuple(portions), skipped
-        self.sizes, self.skip, self.portions = sizes, skipped, tuple(portions)
+        self._arguments = sizes, global_batch, seed, lanes, window, unit_rows, tuple(portions), skipped, resample
+        self.sizes, self.skip, self.portions, self.resample = sizes, skipped, tuple(portions), resample
         self.global_batch, self.seed, self.unit_rows = global_batch, seed, unit_rows
         self.rows = int(sizes.sum()) - len(skipped)
         if global_batch < 1 or seed < 0 or unit_rows < 1:
@@ -113,7 +117,9 @@ class Plan:
                 f"training.global_batch and unit_rows must be at least 1 and training.seed at least 0, "
                 f"got {global_batch}, {unit_rows} and {seed}"
             )
-        if self.rows < global_batch and not portions:
+        if resample and not portions:
+            raise UserError("data.resample draws sources by their weights, and data.train has none; give each source one")
+        if self.rows < global_batch and (resample or not portions):
             raise UserError(
                 f"global_batch must not exceed the rows of the data, got {global_batch} for {self.rows} rows: "
                 "a batch would hold the same pair twice"
@@ -123,9 +129,13 @@ class Plan:
         if window is not None and window < 1:
             raise UserError(f"data.window must be at least 1, got {window}")
         ends = np.cumsum(sizes)
-        sizes = sizes - np.bincount(np.searchsorted(ends, skipped, side="right"), minlength=len(sizes))
+        self._kept = sizes = sizes - np.bincount(np.searchsorted(ends, skipped, side="right"), minlength=len(sizes))
         parts = [(len(sizes), global_batch)]
-        if portions:
+        odds = None
+        if resample:
+            window = window or 1
+            odds = self._odds(sizes)
+        elif portions:
             widths = batch_parts([portion.weight for portion in portions], global_batch)
             _check_portions(portions, widths, sizes, global_batch)
             parts = [(portion.row_groups, width) for portion, width in zip(portions, widths, strict=True)]
@@ -141,7 +151,7 @@ class Plan:
             left_out = skipped[np.searchsorted(skipped, begin) : np.searchsorted(skipped, end)]
             # Sources of equal sizes must not be shuffled alike; the first one is as it would be alone.
             key = (index,) if index else ()
-            self.sources.append(Lanes(own, begin, left_out, width, seed, key, count, row_groups))
+            self.sources.append(Lanes(own, begin, left_out, width, seed, key, count, row_groups, odds))
             first += groups
         # Sources are spread over the batch, so that each worker's slice has something of each.
         order = [
@@ -169,8 +179,21 @@ class Plan:
         return step * self.global_batch / self.rows
 
     def passes(self, step: int) -> dict[str, float]:
-        """Passes over the rows of each portion that are done before batch `step`."""
+        """Passes over the rows of each portion that are done before batch `step`; resampled, those to be expected."""
+        if self.resample:
+            ends = np.cumsum([p.row_groups for p in self.portions])
+            pairs = step * self.global_batch * self._odds(self._kept)[ends - 1]
+            return {p.name: float(passes) for p, passes in zip(self.portions, pairs, strict=True)}
         return {p.name: step * source.width / source.rows for p, source in zip(self.portions, self.sources, strict=False)}
+
+    def _odds(self, kept: Int64[np.ndarray, " groups"]) -> Float64[np.ndarray, " groups"]:
+        """The probability of each row group's rows: a portion's part of the weights, over its rows that are kept."""
+        groups = [portion.row_groups for portion in self.portions]
+        rows = np.add.reduceat(kept, np.cumsum([0, *groups[:-1]]))
+        if not rows.all():
+            raise UserError(f"data.train: {self.portions[int(np.argmin(rows))].name} has no rows; leave the source out")
+        weights = np.array([portion.weight for portion in self.portions])
+        return np.repeat(weights / weights.sum() / rows, groups)
 
     def batch(self, step: int) -> Rows:
         """The rows of global batch `step`."""

@@ -31,8 +31,8 @@ def skipped(draw: st.DrawFn, rows: int, most: int) -> set[int]:
 
 
 @st.composite
-def plans(draw: st.DrawFn, weighted: bool | None = None) -> Plan:
-    """Of one set of rows, or of up to four sources with weights; perhaps with rows left out."""
+def plans(draw: st.DrawFn, weighted: bool | None = None, resample: bool | None = False) -> Plan:
+    """Of one set of rows, or of up to four sources with weights, perhaps resampled; perhaps with rows left out."""
     global_batch = 24 * draw(st.integers(1, 2))
     weighted = draw(st.booleans()) if weighted is None else weighted
     sources = [source_sizes(draw, 2 * global_batch) for _ in range(draw(st.integers(1, 4)) if weighted else 1)]
@@ -48,6 +48,7 @@ def plans(draw: st.DrawFn, weighted: bool | None = None) -> Plan:
         unit_rows=draw(st.integers(1, 30)),
         portions=portions if weighted else (),
         skip=sorted(skipped(draw, sum(sizes), global_batch)),
+        resample=weighted and (draw(st.booleans()) if resample is None else resample),
     )
 
 
@@ -122,6 +123,35 @@ def test_sources_of_one_size_are_not_shuffled_alike_and_the_first_is_as_it_would
     assert not np.array_equal(first, second - 200)
 
 
+@given(plans(weighted=True, resample=True), st.integers(0, 20))
+@settings(max_examples=60, deadline=None)
+def test_resampled_batches_hold_rows_that_are_kept(plan: Plan, step: int) -> None:
+    assert np.isin(plan.batch(step).row, np.concatenate(kept_rows(plan))).all()
+
+
+def test_resampled_rows_come_in_proportion_to_their_weights_and_some_twice_and_some_not() -> None:
+    # Row groups of several sizes, and a source whose part of a batch is a fifth of a row.
+    sizes = [*range(1, 40), *[7] * 50, *[25] * 4]
+    portions = [Portion("a", 39, 1), Portion("b", 50, 3), Portion("c", 4, 0.0125)]
+    plan = Plan(sizes, 64, seed=1, portions=portions, resample=True)
+    row, epoch = stream(plan, 6000)
+    bounds = np.cumsum([0, *sizes])[[0, 39, 89, 93]]
+    counts = np.histogram(row, bounds)[0] / len(row)
+    # Drawn are row groups, of 15 rows on average: sqrt(15 / rows) is the standard deviation of a part, in parts of its root.
+    parts = np.array([1, 3, 0.0125]) / 4.0125
+    assert (np.abs(counts - parts) < 5 * np.sqrt(40 * parts / len(row))).all()
+    expected = plan.passes(6000)
+    for portion, begin, end in zip(portions, bounds, bounds[1:], strict=False):
+        times = np.bincount(row[(row >= begin) & (row < end)] - begin, minlength=end - begin)
+        assert times.mean() == pytest.approx(expected[portion.name], rel=0.2)
+        assert np.abs(times - times.mean()).max() < 6 * np.sqrt(times.mean())  # whatever the size of the row group
+    first = row[: plan.rows]
+    assert 0.2 < 1 - len(np.unique(first)) / plan.rows < 0.8
+    # A row that comes again has another number for its crop and its caption.
+    pairs = np.stack([row, epoch], 1)
+    assert len(np.unique(pairs, axis=0)) == len(pairs)
+
+
 @given(plans(weighted=False))
 @settings(max_examples=60, deadline=None)
 def test_rows_of_a_row_group_land_as_near_and_as_far_as_is_said(plan: Plan) -> None:
@@ -174,7 +204,7 @@ def test_lanes_never_drift_apart(plan: Plan) -> None:
     assert plan.batch(plan.rows).epoch.min() == plan.global_batch
 
 
-@given(plans(), st.integers(0, 20))
+@given(plans(resample=None), st.integers(0, 20))
 @settings(max_examples=60, deadline=None)
 def test_global_batches_do_not_depend_on_the_number_of_workers(plan: Plan, step: int) -> None:
     whole = plan.batch(step)
@@ -185,7 +215,7 @@ def test_global_batches_do_not_depend_on_the_number_of_workers(plan: Plan, step:
         np.testing.assert_array_equal(np.concatenate([share.epoch for share in shares]), whole.epoch)
 
 
-@given(plans(), st.sampled_from(WORLD_SIZES), st.integers(0, 12), st.integers(1, 8), st.data())
+@given(plans(resample=None), st.sampled_from(WORLD_SIZES), st.integers(0, 12), st.integers(1, 8), st.data())
 @settings(max_examples=80, deadline=None)
 def test_units_hold_exactly_the_share_of_a_rank_from_any_step_on(
     plan: Plan, world_size: int, start: int, count: int, data: st.DataObject
@@ -206,7 +236,7 @@ def test_units_hold_exactly_the_share_of_a_rank_from_any_step_on(
         np.testing.assert_array_equal(np.concatenate(read), np.concatenate(of_lane))
 
 
-@given(plans(), st.integers(1, 10))
+@given(plans(resample=None), st.integers(1, 10))
 @settings(max_examples=30, deadline=None)
 def test_a_plan_made_anew_continues_the_unbroken_order(plan: Plan, step: int) -> None:
     for past in range(step):  # fills the caches of one of them
@@ -214,7 +244,7 @@ def test_a_plan_made_anew_continues_the_unbroken_order(plan: Plan, step: int) ->
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(plan)).batch(step).row, plan.batch(step).row)
 
 
-@given(plans(), st.lists(st.tuples(st.integers(1, 4), st.sampled_from((1, 2, 4))), min_size=1, max_size=4))
+@given(plans(resample=None), st.lists(st.tuples(st.integers(1, 4), st.sampled_from((1, 2, 4))), min_size=1, max_size=4))
 @settings(max_examples=60, deadline=None)
 def test_a_run_broken_off_anywhere_goes_on_with_the_unbroken_batches_on_1_2_or_4_workers(
     plan: Plan, starts: list[tuple[int, int]]
@@ -300,6 +330,10 @@ def test_a_hundred_million_rows_cost_milliseconds_a_step() -> None:
 
 
 def test_settings_out_of_range_are_named() -> None:
+    with pytest.raises(UserError, match=r"data\.resample draws sources by their weights"):
+        Plan([100], 16, resample=True)
+    with pytest.raises(UserError, match="b has no rows"):
+        Plan([100, 5], 16, portions=[Portion("a", 1, 1), Portion("b", 1, 1)], skip=range(100, 105), resample=True)
     with pytest.raises(UserError, match="global_batch must not exceed the rows of the data, got 30 for 29 rows"):
         Plan([29], 30)
     with pytest.raises(UserError, match=r"data\.lanes must be from 1 to global_batch \(8\), got 9"):

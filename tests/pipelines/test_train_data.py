@@ -99,6 +99,14 @@ def test_a_later_run_leaves_the_recorded_rows_out_and_resumes_so(folder: Path, r
     assert [record["batch"] for record in metrics_log.read(clean)] == [record["batch"] for record in records]
 
 
+def test_sources_may_be_drawn_with_replacement(folder: Path, run: Folder) -> None:
+    assert start(folder, "--run.name", "drawn", "--data.resample", "true", "--training.steps", "8") == 0
+    records = metrics_log.read(Folder(folder / "runs" / "drawn"))
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert records[-1]["epoch/drawings"] == pytest.approx(8 * 4 / 40)
+    assert [record["batch"] for record in records] != [record["batch"] for record in metrics_log.read(run)[:8]]
+
+
 OTHER_WEIGHTS = "{{drawings: {{path: {data}/drawings.parquet, weight: 1}}, photos: {{path: {data}/photos, weight: 1}}}}"
 
 
@@ -108,6 +116,7 @@ OTHER_WEIGHTS = "{{drawings: {{path: {data}/drawings.parquet, weight: 1}}, photo
         (("--data.skip_quarantined", "{run}"), "data.skip_quarantined is for new runs"),
         (("--data.train", OTHER_WEIGHTS), "was trained with rows of each source in a batch [4, 12], and this run has [8, 8]"),
         (("--data.train", "[{data}/photos, {data}/drawings.parquet]"), "was trained with"),
+        (("--data.resample", "true"), "was trained with"),
     ],
 )
 def test_another_order_of_rows_is_refused_on_resuming(
