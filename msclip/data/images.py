@@ -34,9 +34,9 @@ MAX_PIXELS = 2**26
 # Pillow would also try forty others, among them EPS, for which it starts Ghostscript on whatever the file says.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
-# Scaled decoding stays this many times above what evaluation keeps. Over photographs of five sizes scaled to 32, 64,
+# Scaled decoding stays this many times above what a centre crop keeps. Over photographs of five sizes scaled to 32, 64,
 # 160 and 224: at 1, the mean difference from a full decode was up to 1.6 of 255 and the largest 24; at 2, 0.4 and 7.
-_EVALUATION_MARGIN = 2
+_CENTRE_MARGIN = 2
 
 _ORIENTATION = 0x0112  # the EXIF tag; its values 2..8 are undone by these
 _UPRIGHT = {
@@ -129,25 +129,26 @@ def _upright_size(image: Image.Image | Jpeg, turn: int) -> tuple[int, int]:
 
 
 def _view(
-    image: Image.Image | Jpeg, turn: int, box: Box, size: int, margin: int, background: Background, cut: bool
+    image: Image.Image | Jpeg, turn: int, box: Box, size: int, margin: int | None, background: Background, cut: bool
 ) -> Image.Image:
     """The part of an upright image inside box as a square, bicubic with anti-aliasing.
 
-    A JPEG is decoded just large enough for box to have margin * size pixels a side.
-
     Args:
+        margin: a JPEG is decoded just large enough for box to have margin * size pixels a side; `None` for all of it.
         cut: box lies on whole pixels of the full image, beyond which the filter shall not see: the field's random crop. Else
             box is a window on the whole image resized: the field's centre crop.
     """
     left, top, right, bottom = _stored(box, turn)
     extent: tuple[float, float] = image.size
-    least = math.ceil(margin * size / (right - left)), math.ceil(margin * size / (bottom - top))
+    least = None
+    if margin is not None:
+        least = math.ceil(margin * size / (right - left)), math.ceil(margin * size / (bottom - top))
     if isinstance(image, Jpeg):
         if decoded := image.decode(least):
             image, extent = Image.fromarray(decoded[0]), decoded[1]
         else:
             image, _ = _opened(image.data)
-    if isinstance(image, JpegImageFile):
+    if least and isinstance(image, JpegImageFile):
         # At 1/2, 375 rows become 188, of which the picture fills 187.5: draft tells.
         drafted = image.draft(None, least)
         extent = drafted[1][2:] if drafted else extent
@@ -251,10 +252,13 @@ class Preprocess:
         Raises:
             BadImage: see `open_image`.
         """
+        return self._centre(data, margin=None)
+
+    def _centre(self, data: bytes | memoryview | Image.Image, margin: int | None) -> Image.Image:
         with _short_reasons():
             image, turn = _quickly_opened(data)
             box = centre_box(*_upright_size(image, turn), self.image_size)
-            return _view(image, turn, box, self.image_size, _EVALUATION_MARGIN, self.background, cut=False)
+            return _view(image, turn, box, self.image_size, margin, self.background, cut=False)
 
     def train_view(self, data: bytes | memoryview | Image.Image, augment: Augment, rng: np.random.Generator) -> Image.Image:
         """A random view for training: crop, then mirror, colours and grey as `augment` says.
@@ -270,14 +274,15 @@ class Preprocess:
             return _varied(_view(image, turn, box, self.image_size, 1, self.background, cut=True), augment, rng)
 
     def write_view(self, data: bytes | memoryview, out: UInt8[np.ndarray, "size size 3"]) -> None:
-        """Puts `view` where it is wanted; a JPEG of that size is decoded right there.
+        """Puts the centre where training wants it. A JPEG of that size is decoded right there, a large one at a fraction of
+        its size, so that it differs a little from `view`.
 
         Raises:
             BadImage: see `open_image`.
         """
         jpeg = Jpeg.of(data, MAX_PIXELS)
         if not (jpeg and jpeg.size == (self.image_size, self.image_size) and jpeg.decode(out=out)):
-            out[:] = np.asarray(self.view(data))
+            out[:] = np.asarray(self._centre(data, _CENTRE_MARGIN))
 
     def pixels(self, data: bytes | Image.Image) -> UInt8[np.ndarray, "size size 3"]:
         """`view` as an array."""
