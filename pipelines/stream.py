@@ -52,6 +52,9 @@ touch for the first time, which costs as much as reading does."""
 _STORE_SHARE = 0.4
 """Of the cluster's object memory, for what was read and not fetched, of all workers; two spans overlap for a while, hence
 under 1/2."""
+_LOCAL_SHARE = 4
+"""From a disk of the nodes' own, one core reads what this many others decode. More tasks at a time would be more processes for
+Ray to start, at seconds of CPU each, while the decoders want it; far storage is waited for, so there they are not limited."""
 READ_CPUS = 1.0
 """Logical CPUs of a reading task. At least this many must be left beside the training workers."""
 _HEAD_THREADS = 8
@@ -124,7 +127,7 @@ def ray_units(
     units = plan.units(*place)
     row_bytes = sum(shard.size for shard in manifest.shards) / manifest.rows
     task_units = max(1, round(task_bytes / (row_bytes * plan.unit_rows)))
-    context = _context(round(row_bytes * plan.unit_rows * task_units), world_size)
+    context = _context(round(row_bytes * plan.unit_rows * task_units), world_size, _is_local(manifest))
 
     def start() -> _Span | None:
         listed = list(itertools.islice(units, span_tasks * task_units))
@@ -258,7 +261,12 @@ def _in_background(make: Callable[[], T]) -> Future[T]:
     return future
 
 
-def _context(unit_bytes: int, world_size: int) -> DataContext:
+def _is_local(manifest: Manifest | Mixture) -> bool:
+    manifests = [source.manifest for source in manifest.sources] if isinstance(manifest, Mixture) else [manifest]
+    return all("://" not in each.folder.url for each in manifests)
+
+
+def _context(unit_bytes: int, world_size: int, local: bool) -> DataContext:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = context.enable_operator_progress_bars = context.print_on_execution_start = False
     context.target_max_block_size = unit_bytes  # what Ray Data expects of a task before it has seen one
@@ -266,10 +274,10 @@ def _context(unit_bytes: int, world_size: int) -> DataContext:
     options = context.execution_options
     options.preserve_order, options.verbose_progress = True, False
     # Each worker's execution would otherwise count on half of the cluster's memory for itself.
-    store = ray.cluster_resources().get("object_store_memory", 0)
-    options.resource_limits = ExecutionResources.for_limits(
-        object_store_memory=min(_AHEAD_BYTES, _STORE_SHARE * store / world_size)
-    )
+    cluster = ray.cluster_resources()
+    store = min(_AHEAD_BYTES, _STORE_SHARE * cluster.get("object_store_memory", 0) / world_size)
+    readers = max(2.0, cluster.get("CPU", 0) / world_size // _LOCAL_SHARE) if local else None
+    options.resource_limits = ExecutionResources.for_limits(cpu=readers and readers * READ_CPUS, object_store_memory=store)
     return context
 
 

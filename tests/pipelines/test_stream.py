@@ -105,3 +105,18 @@ def test_a_shard_that_disappears_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").unlink()
     with pytest.raises(UserError, match=r"x\.parquet"):
         list(units)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_local_disk_is_read_by_a_quarter_of_the_cores_and_far_storage_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from pipelines.stream import _context
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "object_store_memory": 1e9})
+
+    def readers(world_size: int, local: bool) -> float:
+        return _context(1000, world_size, local).execution_options.resource_limits.cpu
+
+    assert [readers(1, local=True), readers(4, local=True), readers(32, local=True)] == [16, 4, 2]
+    assert readers(4, local=False) == float("inf")
