@@ -141,13 +141,21 @@ def micro_batches(batch: Batch, count: int) -> Sequence[MicroBatch]:
 
 
 def prepared_ahead(engine: Engine, batches: Iterable[Batch], accumulation_steps: int) -> Iterator[tuple[Batch, Prepared]]:
-    """Each batch on its way to the device, one step before it is needed."""
+    """Each batch on its way to the device, one step before it is needed.
+
+    An error instead of a batch comes after the step before it, which may be one that writes a checkpoint.
+    """
     last: tuple[Batch, Prepared] | None = None
-    for batch in batches:
-        this = batch, engine.prepare(micro_batches(batch, accumulation_steps))
+    try:
+        for batch in batches:
+            this = batch, engine.prepare(micro_batches(batch, accumulation_steps))
+            if last:
+                yield last
+            last = this
+    except Exception:
         if last:
             yield last
-        last = this
+        raise
     if last:
         yield last
 

@@ -16,7 +16,7 @@ import msclip
 from msclip import checkpoint, metrics_log, timing
 from msclip.data.decode import Encoded, Recipe, read_units
 from msclip.data.images import Augment, Preprocess
-from msclip.data.loader import Batches
+from msclip.data.loader import Batch, Batches
 from msclip.data.plan import Plan
 from msclip.data.shards import Manifest
 from msclip.data.tokenizer import Tokenizer
@@ -92,6 +92,27 @@ def test_a_loss_that_is_not_finite_stops_with_advice_and_keeps_the_checkpoints(t
         run_to(tmp_path, manifest, lr=1e30, warmup_steps=0, clip_grad_norm=None, schedule="constant")
     for folder in checkpoint.finished(Folder(tmp_path)):
         assert all(t.isfinite().all() for t in msclip.load(folder.url).model.parameters())
+
+
+def test_an_error_of_the_data_comes_after_the_step_before_it_and_its_checkpoint(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    next_ = Batches.__next__
+
+    def faulty(batches: Batches) -> Batch:
+        batch = next_(batches)
+        if batch.step == 2 * EVERY:
+            raise OSError("the storage is gone")
+        return batch
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Batches, "__next__", faulty)
+        with pytest.raises(OSError, match="storage is gone"):
+            run_to(tmp_path, manifest)
+    assert [record["step"] for record in curve(tmp_path)] == list(range(1, 2 * EVERY + 1))
+    newest = checkpoint.newest(Folder(tmp_path))
+    assert newest is not None
+    assert checkpoint.read_state(newest)["step"] == 2 * EVERY
 
 
 def test_too_many_bad_rows_stop_the_run_and_are_listed(tmp_path: Path) -> None:
