@@ -142,17 +142,21 @@ class Model(nn.Module):
         """Compiles what takes the time of a pass over images, part by part: the input, the branch, and a layer of each kind.
 
         For GPUs; the first passes take a minute. The same weights and, but for rounding, the same numbers. With `save_memory`,
-        what costs no matrix product or convolution is computed again in the backward pass instead of being kept; this setting
-        is PyTorch's and holds for all that the process compiles.
+        what costs no matrix product or convolution is computed again in the backward pass instead of being kept. This setting,
+        and how many kinds of layer may be compiled, are PyTorch's and hold for all that the process compiles.
         """
+        from torch._dynamo import config as dynamo_config  # a second to import
+        from torch._dynamo import maybe_mark_dynamic
+
+        # PyTorch leaves a ninth kind as it is, and slow. A kind is compiled with and without gradients, and, where plain
+        # attention looks at the longest caption, again once that has changed.
+        dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 4 * len(self.blocks))
         if save_memory:
             from torch._functorch import config
 
             # PyTorch recomputes what its kernels can do in passing; these three keep it from what a matrix product reads.
             config.ban_recompute_materialized_backward = False
             config.ban_recompute_used_far_apart = config.ban_recompute_long_fusible_chains = False
-        from torch._dynamo import maybe_mark_dynamic  # a second to import
-
         fuse, layer = torch.compile(_fuse), torch.compile(_layer)
 
         def unsized(tokens: Tokens) -> Tokens:

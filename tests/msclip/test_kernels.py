@@ -114,13 +114,19 @@ def test_the_patch_embedding_is_the_convolution_that_its_weights_are_saved_as() 
     torch.testing.assert_close(embedding(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_compiled_parts_compute_the_same_and_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Counts what torch.compile is given; it does all but generate code, which wants a GPU."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    counter = CompileCounterWithBackend("aot_eager")  # all but the generation of code, which wants a GPU
+    counter = CompileCounterWithBackend("aot_eager")
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=counter, fullgraph=True))
     torch._dynamo.reset()
+    return counter
+
+
+def test_the_compiled_parts_compute_the_same_and_are_compiled_once(counter: Any) -> None:
     torch.manual_seed(0)
     small: Any = {
         "width": 32,
@@ -152,3 +158,18 @@ def test_the_compiled_parts_compute_the_same_and_are_compiled_once(monkeypatch: 
     # The input, a layer of both kinds of tokens, a layer of text. Plain attention looks at the longest caption, once more each.
     assert frames[0] == 3
     assert frames[1] == frames[3] <= 5
+
+
+def test_all_kinds_of_layer_of_one_model_are_compiled(counter: Any) -> None:
+    # Shared or not, frozen or not, of both encoders or of one: five, each with and without gradients for accumulation.
+    sharing: Any = {"layers": "1,3"}
+    model = msclip.create_model(
+        "ms_clip_s_tiny", image_size=32, layers=4, text_layers=5, stem=False, branch_layers=(), sharing=sharing,
+        freeze_image="first:2",
+    )  # fmt: skip
+    model.compile_parts()
+    ids = torch.tensor([[1, 5, 9, 0], [1, 9, 0, 0]])
+    for learning in (False, True):
+        with torch.set_grad_enabled(learning):  # past PyTorch's limit, fullgraph makes an error of what is left as it is
+            model(torch.randn(2, 3, 32, 32), pack(ids))
+    assert counter.frame_count == 2 * (1 + 5)
