@@ -117,10 +117,11 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], numbers: tuple[float, ...]
     first_caption, captions = shape.images * shape.grid, len(shape.offsets) - 1
 
     def run(sequences: int, first_row: int, shortest: int, tile: int, causal: bool, packed: bool) -> None:
-        kernel[(sequences * shape.num_heads,)](
-            *tensors, shape.offsets, first_row, shape.grid, shape.num_heads, *numbers, SHORTEST=shortest, TILE=tile,
-            QUERIES=min(tile, QUERIES), HEAD=head, CAUSAL=causal, PACKED=packed, num_warps=WARPS[tile],
-        )  # fmt: skip
+        with torch.cuda.device_of(tensors[0]):  # Triton starts kernels on the current GPU, wherever the tensors are
+            kernel[(sequences * shape.num_heads,)](
+                *tensors, shape.offsets, first_row, shape.grid, shape.num_heads, *numbers, SHORTEST=shortest, TILE=tile,
+                QUERIES=min(tile, QUERIES), HEAD=head, CAUSAL=causal, PACKED=packed, num_warps=WARPS[tile],
+            )  # fmt: skip
 
     if shape.images and shape.grid <= LONGEST:
         run(shape.images, 0, 1, max(32, triton.next_power_of_2(shape.grid)), causal=False, packed=False)

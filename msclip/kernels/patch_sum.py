@@ -65,7 +65,9 @@ def patch_sum(x: Tensor, weight: Tensor) -> Tensor:
     x, side = _rows(x), x.shape[-1] // k
     out = x.new_empty(x.shape[0], side, side, channels)
     lanes = triton.next_power_of_2(channels)
-    _forward[(x.shape[0] * side * side,)](x, weight.contiguous(), out, side, K=k, CHANNELS=channels, LANES=lanes, num_warps=4)
+    grid, weight = (x.shape[0] * side * side,), weight.contiguous()
+    with torch.cuda.device_of(x):  # Triton starts kernels on the current GPU, wherever the tensors are
+        _forward[grid](x, weight, out, side, K=k, CHANNELS=channels, LANES=lanes, num_warps=4)
     return out
 
 
@@ -83,10 +85,11 @@ def patch_sum_weight_gradient(gradient: Tensor, x: Tensor, k: int) -> Tensor:
     each = triton.cdiv(patches * k, PROGRAMS)
     parts = triton.cdiv(patches, each)
     partial = x.new_empty(parts, k, k, channels, dtype=torch.float32)
-    _weight_gradient[(k, parts)](
-        x, gradient.contiguous(), partial, patches, each, side,
-        K=k, CHANNELS=channels, LANES=triton.next_power_of_2(channels), num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _weight_gradient[(k, parts)](
+            x, gradient.contiguous(), partial, patches, each, side,
+            K=k, CHANNELS=channels, LANES=triton.next_power_of_2(channels), num_warps=4,
+        )  # fmt: skip
     return partial.sum(0)
 
 
