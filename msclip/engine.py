@@ -99,11 +99,11 @@ class _Verdict(NamedTuple):
 
     @staticmethod
     def of(applied: bool | Tensor, metrics: Mapping[str, Tensor | float], step: int) -> "_Verdict":
-        if not isinstance(applied, Tensor):
-            return _Verdict(torch.tensor(applied), None, metrics, step)
+        if not isinstance(applied, Tensor) or not applied.is_cuda:
+            return _Verdict(torch.as_tensor(applied), None, metrics, step)
         flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(applied, non_blocking=True)
         known = torch.cuda.Event()
-        known.record()
+        known.record(torch.cuda.current_stream(applied.device))
         return _Verdict(flag, known, metrics, step)
 
     def applied(self) -> bool:
@@ -192,13 +192,15 @@ class Engine:
         """Waits until the last step is done; raises `TrainingError` if its gradient was not finite, and not applied."""
         verdict, self._unsettled = self._unsettled, None
         if verdict is not None and not verdict.applied():
+            self.step = verdict.step
+            self.module.zero_grad()  # of the step that has begun meanwhile
             check_step(read_metrics(verdict.metrics), verdict.step)
             raise AssertionError("an update was withheld although its gradient is finite")
 
     @staticmethod
     def _arrived(prepared: Prepared) -> Sequence[MicroBatch]:
         if prepared.arrived is not None:
-            stream = torch.cuda.current_stream()
+            stream = torch.cuda.current_stream(prepared.micro_batches[0].pixels.device)
             stream.wait_event(prepared.arrived)
             for micro_batch in prepared.micro_batches:
                 for tensor in micro_batch.tensors:
@@ -262,7 +264,7 @@ class Engine:
         is one, starts anew from `model_state`. `UserError` on all ranks if they do not fit.
         """
         self._state.write(model_state, optimizer_state, averaged_state or {}, step)
-        self.step = step
+        self.step, self._unsettled = step, None
 
 
 def create_engine(

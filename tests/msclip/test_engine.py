@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msclip import TrainingError, UserError
+from msclip import Model, TrainingError, UserError
 from msclip.engine import Engine, PixelModel, create_engine, read_metrics, seed_step
 from msclip.loss import contrastive_loss
-from msclip.optim import OptimConfig
+from msclip.optim import OptimConfig, parameter_groups
 from tests.msclip.two_ranks import SIGMOID, STAGES, STEPS, micro_batches, tiny_engine, tiny_model, train
 
 State = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -263,6 +263,35 @@ def test_a_faulty_batch_stops_plain_training_before_the_update() -> None:
     with pytest.raises(TrainingError, match="step 1"):
         train(engine, 1)
     assert same(before, engine.full_state())
+
+
+def test_where_the_host_does_not_wait_a_faulty_batch_stops_the_next_step_and_leaves_no_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fused(model: Model, config: OptimConfig) -> torch.optim.AdamW:
+        return torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, eps=config.eps, fused=True)
+
+    monkeypatch.setattr("msclip.engine.build_optimizer", fused)  # as on a GPU
+    engine, unharmed = tiny_engine(tiny_model()), tiny_engine(tiny_model())
+    train(engine, 1)
+    before, std = engine.full_state(), engine.module.std.clone()
+    engine.module.std.zero_()
+    train(engine, 1)  # nobody has looked yet
+    engine.module.std.copy_(std)
+    with pytest.raises(TrainingError, match="step 1"):
+        train(engine, 1)
+    assert same(before, engine.full_state())
+    expected = train(unharmed, 2)[1:]
+    assert train(engine, 1) == expected
+    assert same(engine.full_state(), unharmed.full_state())
+    engine.module.std.zero_()
+    train(engine, 1)
+    with pytest.raises(TrainingError, match="step 2"):
+        engine.full_state()
+    train(engine, 1)
+    engine.module.std.copy_(std)
+    engine.load_full_state(*before, step=1)  # goes on from before the fault
+    assert train(engine, 1) == expected
 
 
 def test_state_of_another_model_is_refused_with_the_difference() -> None:
