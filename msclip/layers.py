@@ -58,14 +58,14 @@ def attention(
 
 
 def _kernel_serves(qkv: Tensor, tokens: Tokens, num_heads: dict[Modality, int]) -> bool:
-    """Whether the kernel for short sequences can serve these."""
+    """Whether `joint_attention` can serve these."""
     heads = {num_heads[modality] for modality in tokens.modalities}
     if not kernels.usable(qkv.device) or qkv.dtype not in (torch.bfloat16, torch.float16) or len(heads) > 1:
         return False
     context = tokens.text.context if tokens.text else 0
-    if tokens.grid > 128 and torch.cuda.get_device_capability(qkv.device) < (9, 0):
+    if tokens.grid > kernels.LONGEST and torch.cuda.get_device_capability(qkv.device) < (9, 0):
         return False
-    return context <= 128 and qkv.shape[1] // (3 * max(heads)) in (16, 32, 64)
+    return context <= kernels.LONGEST and qkv.shape[1] // (3 * max(heads)) in (16, 32, 64)
 
 
 def dense_attention(qkv: Float[Tensor, "images grid three_width"], num_heads: int) -> Float[Tensor, "images grid width"]:

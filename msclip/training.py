@@ -6,6 +6,7 @@ step, and batches come ready from a loader that has already proved them to be th
 
 import json
 import math
+import socket
 import time
 import zlib
 from collections import Counter
@@ -47,8 +48,8 @@ class TrainingConfig:
     """What DeepSpeed ZeRO spreads over the workers: 0 nothing, 1 optimiser, 2 gradients too, 3 parameters too; null for
     plain PyTorch, which also serves a single worker."""
     compiled: bool | None = None
-    """Whether torch.compile makes the model faster, half as fast again or more, for a minute's wait at the start; null for
-    yes on GPUs that can, and never under `zero_stage` 3."""
+    """Whether torch.compile makes the model faster, half as fast again or more, for a minute's wait at the start. Null: yes on
+    GPUs from Ampere on where there is a C compiler with Python's header files, but never under `zero_stage` 3."""
     save_memory: bool = False
     """Of a compiled model: compute again in the backward pass, instead of keeping, what takes no matrix product. See also
     `model.checkpoint_blocks`."""
@@ -77,7 +78,17 @@ class TrainingConfig:
             raise UserError("training.compiled must be null or false with training.zero_stage 3, got true")
 
     def compiles(self, device: torch.device) -> bool:
-        """Whether this device's part of the training is compiled."""
+        """Whether this device's part of the training is compiled.
+
+        Raises:
+            UserError: it is to be, and this machine's GPUs lack what that takes.
+        """
+        if self.compiled and device.type == "cuda" and not kernels.BUILDABLE:
+            raise UserError(
+                "training.compiled true needs a C compiler (gcc, clang, or what CC names) with Python's header files on every "
+                f"machine that trains on GPUs, and {socket.gethostname()} lacks one or the other. Install them, on Debian as "
+                "gcc and python3-dev, or set training.compiled to null"
+            )
         return (kernels.usable(device) and self.zero_stage != 3) if self.compiled is None else self.compiled
 
     def total_steps(self, rows: int) -> int:

@@ -2,12 +2,24 @@
 
 import os
 import shutil
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
-BUILDABLE = find_spec("triton") is not None and bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
-"""Whether there is Triton, which comes with PyTorch for GPUs, and the C compiler that it starts kernels with."""
+LONGEST = 128
+"""Tokens of the longest sequence that the attention kernel takes whole."""
+
+
+def _buildable() -> bool:
+    """Whether there is Triton, which comes with PyTorch for GPUs, and what it starts kernels with: C, and Python's headers."""
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    headers = sysconfig.get_path("include", "posix_prefix")  # Debian's default scheme is another, where none are
+    return find_spec("triton") is not None and any(map(shutil.which, compilers)) and Path(headers, "Python.h").exists()
+
+
+BUILDABLE = _buildable()
 
 
 def usable(device: torch.device) -> bool:

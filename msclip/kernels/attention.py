@@ -15,8 +15,12 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-LONGEST = 128
-"""Tokens of the longest sequence that is a tile; of 256 the registers overflow, and the kernel is eight times slower."""
+from msclip.kernels import LONGEST
+
+# A tile of 256 tokens would overflow the registers: the kernel was eight times slower.
+WARPS = {32: 2, 64: 4, LONGEST: 8}
+"""By the tokens of a tile."""
+LOG2_E = 1.4426950408889634
 QUERIES = 64
 """Rows of scores that a program holds at a time."""
 
@@ -129,10 +133,6 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], numbers: tuple[float, ...]
     while captions and shortest <= shape.context:
         run(captions, first_caption, shortest, tile, causal=shape.causal, packed=True)
         shortest, tile = tile + 1, 2 * tile
-
-
-WARPS = {32: 2, 64: 4, 128: 8}
-LOG2_E = 1.4426950408889634
 
 
 def joint_attention(

@@ -3,8 +3,10 @@
 Where PyTorch is a CPU build, as in CI, there is no Triton unless it is installed beside it.
 """
 
+import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import msclip
+from msclip import kernels
 from msclip.stem import PatchEmbedding, window_product
 from msclip.tokens import pack
+from msclip.training import TrainingConfig
 
 ROOT = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: it comes with PyTorch for GPUs")
@@ -91,6 +95,28 @@ def test_a_kernel_equals_the_plain_function(script: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("lacking", [None, "triton", "compiler", "headers"])
+def test_kernels_are_built_where_triton_a_compiler_and_pythons_headers_are(
+    lacking: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None if lacking == "triton" else name)
+    monkeypatch.setattr(shutil, "which", lambda name: None if lacking == "compiler" else name)
+    monkeypatch.setattr(sysconfig, "get_path", lambda *names: str(tmp_path))
+    if lacking != "headers":
+        (tmp_path / "Python.h").touch()
+    buildable = kernels._buildable()
+    assert buildable == (lacking is None)
+    monkeypatch.setattr(kernels, "BUILDABLE", buildable)
+    wanted, cuda = TrainingConfig(compiled=True), torch.device("cuda")
+    if lacking:
+        assert not TrainingConfig().compiles(cuda)
+        with pytest.raises(msclip.UserError, match="python3-dev"):
+            wanted.compiles(cuda)
+    else:
+        assert wanted.compiles(cuda)
 
 
 @pytest.mark.parametrize(("size", "stride", "images"), [(8, 2, 3), (9, 2, 1), (7, 1, 2)])
