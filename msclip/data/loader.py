@@ -5,8 +5,8 @@ Every unit and every batch is compared with the plan, row id by row id: a loader
 job instead of training on something else. Image files wait, a tenth of their pixels in size, until their batch is decoded.
 
 Memory of a rank: files of one unit for each lane in its slice of the batch, with the plan's defaults at most 16 of the rank's
-batches (512 pairs at 224 pixels: 16 * 6 MB), and the pixels of `prefetch` + 3 batches (74 MiB each): those that are ready,
-the one that is trained on, and two that are being filled.
+batches (512 pairs at 224 pixels: 16 * 6 MB), and the pixels of `prefetch` + 4 batches (74 MiB each): those that are ready,
+the one that is trained on, the next, and two that are being filled.
 """
 
 import queue
