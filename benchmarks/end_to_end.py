@@ -22,6 +22,7 @@ import train_throughput
 from msclip import metrics_log
 from msclip.storage import Folder
 from msclip.timing import PARTS, bottleneck
+from msclip.training import TrainingConfig
 from pipelines import cli, session, train
 from pipelines.jobs import ClusterConfig
 
@@ -64,7 +65,8 @@ def main() -> int:
     settled = records[len(records) // 5 :]
     rate = statistics.median(r["train/pairs_per_second"] for r in settled)
     seconds = {part: statistics.median(r[f"train/{part}_seconds"] for r in settled) for part in PARTS}
-    case = train_throughput.Case("train", options.model, options.batch, compiled=True, steps=20, warmup=8)
+    compiled = TrainingConfig().compiles(train_throughput.device_of(0))
+    case = train_throughput.Case("train", options.model, options.batch, compiled=compiled, steps=20, warmup=8)
     alone = train_throughput.run(case)
     result = {
         **train_throughput.machine(),
