@@ -298,6 +298,11 @@ def create_engine(
         raise UserError(f"zero_stage must be null, 0, 1, 2 or 3, got {zero_stage}")
     if compiled and zero_stage == 3:
         raise UserError("training.compiled must be false or null with zero_stage 3, whose parameters come and go; got true")
+    if save_memory and not compiled:
+        raise UserError(
+            f"training.save_memory is for a compiled model, which training.compiled null does not mean on {device}; got "
+            "training.save_memory true. For any model there is model.checkpoint_blocks"
+        )
     device = torch.device(device)
     if compiled:
         model.compile_parts(save_memory)  # type: ignore[operator]

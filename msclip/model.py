@@ -148,9 +148,9 @@ class Model(nn.Module):
         from torch._dynamo import config as dynamo_config  # a second to import
         from torch._dynamo import maybe_mark_dynamic
 
-        # PyTorch leaves a ninth kind as it is, and slow. A kind is compiled with and without gradients, and, where plain
-        # attention looks at the longest caption, again once that has changed.
-        dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 4 * len(self.blocks))
+        # PyTorch leaves a ninth kind as it is, and slow. A layer is compiled at most for either modality alone, with and
+        # without gradients, and, where plain attention looks at the longest caption, again once that has changed.
+        dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 8 * len(self.blocks))
         if save_memory:
             from torch._functorch import config
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from torch import nn
 
 import msclip
 from msclip import kernels
+from msclip.engine import MicroBatch, create_engine, read_metrics
+from msclip.optim import OptimConfig
 from msclip.stem import PatchEmbedding, window_product
 from msclip.tokens import pack
 from msclip.training import TrainingConfig
@@ -184,6 +187,66 @@ def test_the_compiled_parts_compute_the_same_and_are_compiled_once(counter: Any)
     # The input, a layer of both kinds of tokens, a layer of text. Plain attention looks at the longest caption, once more each.
     assert frames[0] == 3
     assert frames[1] == frames[3] <= 5
+
+
+@pytest.fixture
+def bans() -> Iterator[Callable[[], list[bool]]]:
+    """PyTorch's settings that `save_memory` turns off; on again afterwards."""
+    from torch._functorch import config
+
+    names = [f"ban_recompute_{name}" for name in ("materialized_backward", "used_far_apart", "long_fusible_chains")]
+    with config.patch(dict.fromkeys(names, True)):
+        yield lambda: [getattr(config, name) for name in names]
+
+
+def test_a_compiled_engine_trains_like_a_plain_one(counter: Any, bans: Callable[[], list[bool]]) -> None:
+    assert all(bans())
+    generator = torch.Generator().manual_seed(0)
+    # The longest caption is the same in both parts: plain attention would be compiled again.
+    ids = torch.tensor([[1, 5, 5, 9], [1, 9, 0, 0], [1, 5, 5, 9], [9, 0, 0, 0]])
+    pixels = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    batch = [MicroBatch(pixels[rows], pack(ids[rows])) for rows in (slice(2), slice(2, 4))]
+    observed = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = msclip.create_model(
+            "ms_clip_s_tiny", image_size=32, layers=3, text_layers=3, branch_layers=(), checkpoint_blocks=True,
+            sharing={"layers": "last:2"},
+        )  # fmt: skip
+        engine = create_engine(
+            model, OptimConfig(warmup_steps=0, accumulation_steps=2), mean=(0.5,) * 3, std=(0.5,) * 3, total_steps=9,
+            micro_batch_size=2, device="cpu", compiled=compiled, save_memory=compiled,
+        )  # fmt: skip
+        metrics = [read_metrics(engine.train_step(engine.prepare(batch))) for _ in range(2)]
+        observed.append((metrics, engine.full_state()[0]))
+    # Pixels, the input, and two kinds of layer, each with and without gradients.
+    assert counter.frame_count == 2 * (1 + 1 + 2)
+    assert not any(bans())
+    torch.testing.assert_close(observed[1], observed[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"save_memory": True, "compiled": False},
+        {"save_memory": True, "zero_stage": 3},
+        {"compiled": True, "zero_stage": 3},
+    ],
+)
+def test_settings_of_a_compiled_model_that_contradict_each_other_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(msclip.UserError, match=r"training\.compiled must be .*null"):
+        TrainingConfig(**settings)
+
+
+def test_nothing_is_compiled_on_a_cpu_unless_asked_for_and_no_memory_saved() -> None:
+    cpu = torch.device("cpu")
+    assert not TrainingConfig().compiles(cpu)
+    assert TrainingConfig(compiled=True).compiles(cpu)
+    with pytest.raises(msclip.UserError, match=r"training\.save_memory .* on cpu"):
+        create_engine(
+            msclip.create_model("ms_clip_s_tiny"), OptimConfig(), mean=(0.5,) * 3, std=(0.5,) * 3, total_steps=9,
+            micro_batch_size=2, device=cpu, save_memory=True,
+        )  # fmt: skip
 
 
 def test_all_kinds_of_layer_of_one_model_are_compiled(counter: Any) -> None:
