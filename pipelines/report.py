@@ -212,7 +212,8 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
     plan, times = run.state.get("plan", {}), run.metrics.get("time", np.array([]))
     retries = run.metrics.get("train/storage_retries", np.array([]))
     seconds, pairs = training_seconds(run), pairs_seen(run)
-    batch, stage = run.setting("training.global_batch"), run.setting("training.zero_stage")
+    batch, workers = run.setting("training.global_batch"), run.state.get("world_size")
+    stage = None if workers == 1 else run.setting("training.zero_stage")  # one worker has nobody to spread anything over
     listed = [
         ("Steps", f"{int(run.metrics['step'][-1]):,}"),
         ("Pairs seen", f"{pairs:,}" if pairs else None),
@@ -220,7 +221,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
         ("Time in steps", " ".join(duration(seconds)) if seconds else None),
         ("First to last record", " ".join(duration(times[-1] - times[0])) if len(times) > 1 else None),
         ("Storage requests repeated", f"{int(retries[-1]):,}" if len(retries) and retries[-1] > 0 else None),
-        ("Workers", run.state.get("world_size")),
+        ("Workers", workers),
         ("Device", run.state.get("device")),
         ("Precision", run.setting("training.precision")),
         ("DeepSpeed ZeRO", "none" if run.config and stage is None else f"stage {stage}" if run.config else None),

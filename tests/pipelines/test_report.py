@@ -221,6 +221,8 @@ def test_facts_follow_from_the_records(whole_run: Path) -> None:
     assert facts["Pairs seen"] == "6,400"
     assert facts["Time in steps"] == "3:20 min"
     assert facts["DeepSpeed ZeRO"] == "stage 2"
+    run.state["world_size"] = 1
+    assert dict(report.facts(run))["DeepSpeed ZeRO"] == "none"
     assert facts["Finished checkpoints"] == "2"
 
 

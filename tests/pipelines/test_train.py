@@ -164,7 +164,7 @@ def test_data_that_one_worker_cannot_use_stop_both_in_one_paragraph(
     assert "Traceback" not in error
 
 
-def test_a_run_goes_on_with_other_workers_and_another_zero_stage(unbroken: Folder) -> None:
+def test_a_run_of_two_workers_under_zero_goes_on_with_one_that_needs_none(unbroken: Folder) -> None:
     run = copied(unbroken, "fewer", until=EVERY)
     arguments = ["--resume", run.url, "--cluster.num_workers", "1", "--training.zero_stage", "2"]
     assert cli.guard(lambda: train.main(arguments)) == 0
