@@ -155,7 +155,7 @@ class Engine:
         Returns metrics, means over the ranks, for `read_metrics`: they stay on the device, so that this call need not wait
         for it. `train/temperature` and, for the sigmoid loss, `train/logit_bias` are those of the loss, before the update.
         A gradient that is not finite is not applied: `TrainingError` is raised, on all ranks, by this call, or, where that
-        is found out on the device, by `settle`, which the next call begins with.
+        is found out on the device, by `settle`, which the next call asks before it applies anything.
         """
         prepared = batch if isinstance(batch, Prepared) else self.prepare(batch)
         if len(prepared.micro_batches) != self._config.accumulation_steps:

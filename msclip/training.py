@@ -48,8 +48,8 @@ class TrainingConfig:
     """What DeepSpeed ZeRO spreads over the workers: 0 nothing, 1 optimiser, 2 gradients too, 3 parameters too; null for
     plain PyTorch, which also serves a single worker."""
     compiled: bool | None = None
-    """Whether torch.compile makes the model faster, half as fast again or more, for a minute's wait at the start. Null: yes on
-    GPUs from Ampere on where there is a C compiler with Python's header files, but never under `zero_stage` 3."""
+    """Whether torch.compile makes the model faster, for about a minute's wait at the start. Null: yes on GPUs from Ampere on
+    where there is a C compiler with Python's header files, but never under `zero_stage` 3."""
     save_memory: bool = False
     """Of a compiled model: compute again in the backward pass, instead of keeping, what takes no matrix product. See also
     `model.checkpoint_blocks`."""
@@ -68,7 +68,6 @@ class TrainingConfig:
                 raise UserError(f"training.{name} must be at least {least}, got {value}")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise UserError(f"training.epochs must be positive, got {self.epochs}")
-
         if self.save_memory and (self.compiled is False or self.zero_stage == 3):
             raise UserError(
                 "training.save_memory is for a compiled model: training.compiled must be true or null, and training.zero_stage "

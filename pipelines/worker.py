@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -33,6 +34,8 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
     """
     job, run = prepared.job, RayRun(Folder(prepared.run))
     training, optim = job.training, job.optim
+    if run.world_size == 1:  # nobody to spread anything over
+        training = replace(training, zero_stage=None)
     total_steps = training.total_steps(prepared.plan.rows)
     newest = checkpoint.newest(run.folder)
     state = checkpoint.read_state(newest) if newest else {"step": 0}
@@ -55,7 +58,7 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
         total_steps=total_steps,
         micro_batch_size=training.global_batch // run.world_size // optim.accumulation_steps,
         device=run.device,
-        zero_stage=training.zero_stage if run.world_size > 1 else None,  # one worker has nobody to spread anything over
+        zero_stage=training.zero_stage,
         precision=training.precision,
         seed=training.seed,
         compiled=training.compiles(run.device),
