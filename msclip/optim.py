@@ -131,6 +131,9 @@ def parameter_groups(model: Grouped, config: OptimConfig) -> list[dict[str, Any]
             rate = {"lr": rates[kind] * scale, "base_lr": rates[kind], "lr_scale": scale}
             group = groups.setdefault((kind, level), {"params": [], "name": kind, "weight_decay": decays[kind], **rate})
             group["params"].append(parameters[name])
+    for group in groups.values():
+        # DeepSpeed lays a group end to end, and compiled kernels read 16 bytes at once: what would misalign others comes last.
+        group["params"].sort(key=lambda parameter: parameter.numel() % 4 != 0)
     return list(groups.values())
 
 

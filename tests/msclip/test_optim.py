@@ -69,6 +69,14 @@ class Forgetful(torch.nn.Linear):
         return {"shared": [], "own": ["weight"], "no_decay": []}
 
 
+def test_what_would_misalign_others_stands_last_in_its_group() -> None:
+    groups = parameter_groups(tiny_model(batch_norm=True, loss="sigmoid"), OptimConfig())
+    for group in groups:
+        odd = [parameter.numel() % 4 != 0 for parameter in group["params"]]
+        assert odd == sorted(odd)
+    assert [parameter.numel() for parameter in groups[-1]["params"]][-2:] == [1, 1]  # temperature and bias
+
+
 def test_a_parameter_that_no_group_lists_is_an_error() -> None:
     with pytest.raises(ValueError, match="bias"):
         parameter_groups(Forgetful(2, 2), OptimConfig())
