@@ -54,13 +54,18 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.parallel, self.after = beside(config, "parallel", layer), beside(config, "after", layer)
 
-    def forward(self, tokens: Tokens) -> Tokens:
-        if len(self.modalities) < len(tokens.modalities):  # the other modality has its own kind of layer here
-            (modality,) = self.modalities
-            rows = self(tokens.only(modality)).rows
-            if modality == "text":
-                return tokens.with_text(rows)
-            return tokens.with_image(rows.view(tokens.images, tokens.grid, -1))
+    def forward(self, rows: Float[Tensor, "rows width"], tokens: Tokens) -> Float[Tensor, "rows width"]:
+        """The rows of `tokens` after this layer; a tensor in and a tensor out, which is where DeepSpeed's hooks find them."""
+        tokens = tokens.with_rows(rows)
+        if len(self.modalities) >= len(tokens.modalities):
+            return self._changed(tokens)
+        (modality,) = self.modalities  # the other modality has its own kind of layer here
+        changed = self._changed(tokens.only(modality))
+        if modality == "text":
+            return tokens.with_text(changed).rows
+        return tokens.with_image(changed.view(tokens.images, tokens.grid, -1)).rows
+
+    def _changed(self, tokens: Tokens) -> Float[Tensor, "rows width"]:
         rows, split = tokens.rows, tokens.split
         rows = rows + self.dropout(self.attn(self.ln1(rows, split), tokens))
         rows = rows + self.dropout(self.mlp(self.ln2(rows, split), split))
@@ -68,4 +73,4 @@ class Block(nn.Module):
             rows = rows + self.dropout(module(tokens))
         for module in self.after.values():
             rows = rows + self.dropout(module(tokens.with_rows(rows)))
-        return tokens.with_rows(rows)
+        return rows

@@ -288,16 +288,14 @@ def create_engine(
     `zero_stage` None is plain PyTorch; 0 to 3 is DeepSpeed, which in a process without process group makes one of its own.
     `mean` and `std` normalise pixels scaled to 0..1. `micro_batch_size` is pairs a forward pass on one rank.
     `seed`, with step and rank, decides dropout. `zero_options` are further entries of DeepSpeed's `zero_optimization`.
-    `compiled` compiles the model's parts for the GPU, with `save_memory` as told by `Model.compile_parts`; not under stage 3.
-    The model has `parameter_groups()`, and takes (images, text) to (image features, text features, temperature and bias
-    if it has one).
+    `compiled` compiles the model's parts for the GPU, with `save_memory` as told by `Model.compile_parts`.
+    The model has `parameter_groups()` and, if stage 3 is to gather parts of it whole, `units()`; it takes (images, text) to
+    (image features, text features, temperature and bias if it has one).
     """
     if precision not in ("fp32", "bf16"):
         raise UserError(f"precision must be fp32 or bf16, got {precision}")
     if zero_stage not in (None, 0, 1, 2, 3):
         raise UserError(f"zero_stage must be null, 0, 1, 2 or 3, got {zero_stage}")
-    if compiled and zero_stage == 3:
-        raise UserError("training.compiled must be false or null with zero_stage 3, whose parameters come and go; got true")
     if save_memory and not compiled:
         raise UserError(
             f"training.save_memory is for a compiled model, which training.compiled null does not mean on {device}; got "
@@ -305,7 +303,7 @@ def create_engine(
         )
     device = torch.device(device)
     if compiled:
-        model.compile_parts(save_memory)  # type: ignore[operator]
+        model.compile_parts(save_memory, by_unit=zero_stage == 3)  # type: ignore[operator]
     module = PixelModel(model, mean, std, precision, compiled).to(device)
     for tensor in (*model.parameters(), *model.buffers()):
         copy_from_first_rank(tensor.data)
@@ -319,7 +317,8 @@ def create_engine(
     else:
         from msclip.stepper_deepspeed import deepspeed_stepper
 
-        stepper = deepspeed_stepper(module, optimizer, config, zero_stage, micro_batch_size, zero_options or {})
+        units: list[nn.Module] = getattr(model, "units", list)()
+        stepper = deepspeed_stepper(module, optimizer, config, zero_stage, micro_batch_size, zero_options or {}, units)
     return Engine(module, stepper, shapes, config, total_steps, device, seed)
 
 

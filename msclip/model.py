@@ -6,6 +6,7 @@ transformer stands beside the stream and maps its input straight to embeddings.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from msclip.blocks import Block
-from msclip.branch import ParallelBranch
+from msclip.branch import Bottleneck, ParallelBranch
 from msclip.config import ModelConfig
 from msclip.freezing import freeze
 from msclip.parallel import AttentionBeside, FFNBeside, beside
 from msclip.presets import preset
 from msclip.sharing import Paired
-from msclip.stem import PatchEmbedding, Stem
+from msclip.stem import PatchEmbedding, Stem, StemStage
 from msclip.tokens import PackedText, Tokens, pack
 from msclip.towers.cbow import CBOW
 from msclip.towers.modified_resnet import ModifiedResNet
@@ -91,7 +92,24 @@ def _fuse(adapter: nn.Module, tokens: Tokens, projected: Tensor) -> Tokens:
 
 
 def _layer(block: nn.Module, tokens: Tokens) -> Tokens:
-    return block(tokens)
+    return tokens.with_rows(block(tokens.rows, tokens))
+
+
+def _unsized(tokens: Tokens) -> Tokens:
+    """Tells the compiler that captions are packed: their tokens are never as many twice."""
+    from torch._dynamo import maybe_mark_dynamic  # a second to import
+
+    for tensor in (tokens.rows, *(() if tokens.text is None else (tokens.text.padded,))):
+        maybe_mark_dynamic(tensor, 0)
+    return tokens
+
+
+def _compile_forward(unit: nn.Module, compiled: Callable[..., Any]) -> None:
+    """`compiled` is the forward of the unit's class: compiled once for all units of a kind."""
+    if isinstance(unit, Block):
+        unit.forward = lambda rows, tokens: compiled(unit, rows, _unsized(tokens.with_rows(rows)))  # type: ignore[method-assign]
+    else:
+        unit.forward = partial(compiled, unit)
 
 
 PLAIN = Parts(_enter, _fuse, _layer)
@@ -138,15 +156,22 @@ class Model(nn.Module):
             norm.eval()
         return self
 
-    def compile_parts(self, save_memory: bool = False) -> None:
+    def units(self) -> list[nn.Module]:
+        """Modules each of which needs all of its parameters at once: stage 3 of ZeRO gathers them together.
+
+        Not those that see pixels: DeepSpeed learns from the gradient of a unit's input that it is done with.
+        """
+        return [module for module in self.modules() if isinstance(module, Block | StemStage | Bottleneck)]
+
+    def compile_parts(self, save_memory: bool = False, by_unit: bool = False) -> None:
         """Compiles what takes the time of a pass over images, part by part: the input, the branch, and a layer of each kind.
 
         For GPUs; the first passes take a minute. The same weights and, but for rounding, the same numbers. With `save_memory`,
         what costs no matrix product or convolution is computed again in the backward pass instead of being kept. This setting,
-        and how many kinds of layer may be compiled, are PyTorch's and hold for all that the process compiles.
+        and how many kinds of layer may be compiled, are PyTorch's and hold for all that the process compiles. `by_unit`
+        compiles each of `units()` by itself, a little slower, so that hooks that bring its parameters stay outside.
         """
         from torch._dynamo import config as dynamo_config  # a second to import
-        from torch._dynamo import maybe_mark_dynamic
 
         # PyTorch leaves a ninth kind as it is, and slow. A layer is compiled at most for either modality alone, with and
         # without gradients, and, where plain attention looks at the longest caption, again once that has changed.
@@ -157,18 +182,17 @@ class Model(nn.Module):
             # PyTorch recomputes what its kernels can do in passing; these three keep it from what a matrix product reads.
             config.ban_recompute_materialized_backward = False
             config.ban_recompute_used_far_apart = config.ban_recompute_long_fusible_chains = False
+        if by_unit:
+            units = self.units()
+            compiled = {kind: torch.compile(kind.forward) for kind in {type(unit) for unit in units}}
+            for unit in units:
+                _compile_forward(unit, compiled[type(unit)])
+            return
         fuse, layer = torch.compile(_fuse), torch.compile(_layer)
-
-        def unsized(tokens: Tokens) -> Tokens:
-            """Captions are packed: their tokens are never as many twice."""
-            for tensor in (tokens.rows, *(() if tokens.text is None else (tokens.text.padded,))):
-                maybe_mark_dynamic(tensor, 0)
-            return tokens
-
         self._parts = Parts(
             torch.compile(_enter),
-            lambda adapter, tokens, projected: fuse(adapter, unsized(tokens), projected),
-            lambda block, tokens: layer(block, unsized(tokens)),
+            lambda adapter, tokens, projected: fuse(adapter, _unsized(tokens), projected),
+            lambda block, tokens: layer(block, _unsized(tokens)),
         )
 
     def _run(self, images: Tensor | None, text: PackedText | None) -> tuple[Tensor | None, Tensor | None]:

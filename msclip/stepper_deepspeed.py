@@ -8,7 +8,7 @@ DeepSpeed's low-precision and master copies hold equal numbers, and a whole para
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,8 +32,12 @@ def deepspeed_stepper(
     zero_stage: int,
     micro_batch_size: int,
     zero_options: Mapping[str, Any],
+    units: Iterable[nn.Module] = (),
 ) -> "Zero0Stepper | ZeroStepper":
-    """Hands module and optimiser to DeepSpeed; under stage 3 the module's parameters are partitioned from now on."""
+    """Hands module and optimiser to DeepSpeed; under stage 3 the module's parameters are partitioned from now on.
+
+    Those inside one of `units` are then gathered together, with one hook for all instead of one for each of its modules.
+    """
     refused = [name for name in zero_options if name == "stage" or name.startswith("offload")]
     if refused:
         raise UserError(
@@ -42,6 +46,8 @@ def deepspeed_stepper(
         )
     device = next(module.parameters()).device
     deepspeed = _import_deepspeed(device)
+    from deepspeed.utils import set_z3_leaf_module
+
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -56,6 +62,9 @@ def deepspeed_stepper(
     }
     if zero_stage == 0:
         settings["gradient_clipping"] = 0.0  # clipped here, because stage 0 would apply a gradient that is not finite
+    if zero_stage == 3:
+        for unit in units:
+            set_z3_leaf_module(unit, True)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     return Zero0Stepper(engine, optimizer, config.clip_grad_norm) if zero_stage == 0 else ZeroStepper(engine)
 

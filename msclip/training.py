@@ -49,7 +49,7 @@ class TrainingConfig:
     plain PyTorch, which also serves a single worker."""
     compiled: bool | None = None
     """Whether torch.compile makes the model faster, for about a minute's wait at the start. Null: yes on GPUs from Ampere on
-    where there is a C compiler with Python's header files, but never under `zero_stage` 3."""
+    where there is a C compiler with Python's header files."""
     save_memory: bool = False
     """Of a compiled model: compute again in the backward pass, instead of keeping, what takes no matrix product. See also
     `model.checkpoint_blocks`."""
@@ -68,13 +68,11 @@ class TrainingConfig:
                 raise UserError(f"training.{name} must be at least {least}, got {value}")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise UserError(f"training.epochs must be positive, got {self.epochs}")
-        if self.save_memory and (self.compiled is False or self.zero_stage == 3):
+        if self.save_memory and self.compiled is False:
             raise UserError(
-                "training.save_memory is for a compiled model: training.compiled must be true or null, and training.zero_stage "
-                f"not 3; got {json.dumps(self.compiled)} and {self.zero_stage}. For any model there is model.checkpoint_blocks"
+                "training.save_memory is for a compiled model: training.compiled must be true or null, got false. For any "
+                "model there is model.checkpoint_blocks"
             )
-        if self.compiled and self.zero_stage == 3:
-            raise UserError("training.compiled must be null or false with training.zero_stage 3, got true")
 
     def compiles(self, device: torch.device) -> bool:
         """Whether this device's part of the training is compiled.
@@ -88,7 +86,7 @@ class TrainingConfig:
                 f"machine that trains on GPUs, and {socket.gethostname()} lacks one or the other. Install them, on Debian as "
                 "gcc and python3-dev, or set training.compiled to null"
             )
-        return (kernels.usable(device) and self.zero_stage != 3) if self.compiled is None else self.compiled
+        return kernels.usable(device) if self.compiled is None else self.compiled
 
     def total_steps(self, rows: int) -> int:
         """Steps of the whole run over `rows` pairs an epoch."""

@@ -119,6 +119,22 @@ def test_accumulating_ranks_keep_the_negatives_of_the_global_batch(
         torch.testing.assert_close(curve(observed["accumulated", stage]), curve(one_process["metrics"][:3]), rtol=0, atol=1e-5)
 
 
+def test_a_compiled_model_whose_parameters_come_and_go_trains_the_same(
+    one_process: dict[str, Any], two_ranks: list[dict[Any, Any]]
+) -> None:
+    for observed in two_ranks:
+        metrics, frames = observed["compiled"]
+        torch.testing.assert_close(curve(metrics), curve(one_process["metrics"][:3]), rtol=0, atol=1e-5)
+        # Pixels, and a layer; once more where it has met a longest caption of another length.
+        assert 2 <= frames <= 3
+
+
+def test_stage_3_gathers_every_parameter_once_for_both_modalities(two_ranks: list[dict[Any, Any]]) -> None:
+    for observed in two_ranks:
+        sent, numbers = observed["gathering"]
+        assert numbers <= sent <= numbers + 100  # each parameter is padded to a multiple of the ranks
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_shared_parts_stay_one_object_once_in_the_optimiser_under_any_stage(
     stage: int | None, two_ranks: list[dict[Any, Any]]

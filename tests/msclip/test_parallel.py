@@ -97,7 +97,7 @@ def test_the_joint_forward_equals_encoding_each_modality_alone(variant: str) -> 
 def token_states(model: msclip.Model, ids: Tensor) -> Tensor:
     """What leaves the last block, the only caption's tokens."""
     seen: list[Tensor] = []
-    hook = model.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out.rows))
+    hook = model.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(out))
     model.encode_text(ids)
     hook.remove()
     return seen[0]

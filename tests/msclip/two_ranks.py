@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -61,7 +62,7 @@ def micro_batches(step: int, rank: int = 0, world_size: int = 1, parts: int = 1)
     return [MicroBatch(pixels[start : start + size], pack(token_ids[start : start + size])) for start in starts]
 
 
-def tiny_engine(model: Model, stage: int | None = None, world_size: int = 1, **optim: Any) -> Engine:
+def tiny_engine(model: Model, stage: int | None = None, world_size: int = 1, compiled: bool = False, **optim: Any) -> Engine:
     """Small parameters are partitioned too under stage 3; by default DeepSpeed keeps those of a tiny model whole."""
     config = OptimConfig(**(OPTIM | optim))
     return create_engine(
@@ -73,6 +74,7 @@ def tiny_engine(model: Model, stage: int | None = None, world_size: int = 1, **o
         micro_batch_size=ROWS // world_size // config.accumulation_steps,
         device="cpu",
         zero_stage=stage,
+        compiled=compiled,
         zero_options={"stage3_param_persistence_threshold": 0} if stage == 3 else None,
     )
 
@@ -181,6 +183,32 @@ def observe_finetuning(rank: int, stage: int | None, start: tuple[dict[str, Tens
     return observed
 
 
+def observe_compiled(rank: int) -> tuple[list[dict[str, float]], int]:
+    """Steps under stage 3 of a model whose units are compiled, and how many kinds of them were."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
+    with mock.patch("torch.compile", lambda function: compile_(function, backend=counter, fullgraph=True)):
+        engine = tiny_engine(tiny_model(), 3, 2, compiled=True)
+    return train(engine, 3, rank, 2), counter.frame_count
+
+
+def observe_gathering(rank: int) -> tuple[int, int]:
+    """Numbers that ranks send each other in a step under stage 3 to have the parameters whole; and all parameters'."""
+    from deepspeed.comm.torch import TorchBackend
+
+    engine, sent, gather = tiny_engine(tiny_model(), 3, 2), [], TorchBackend.all_gather_into_tensor
+
+    def counted(self: Any, output_tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        sent.append(output_tensor.numel())
+        return gather(self, output_tensor, *arguments, **options)
+
+    train(engine, 2, rank, 2)  # first it learns in which order they are needed
+    with mock.patch.object(TorchBackend, "all_gather_into_tensor", counted):
+        train(engine, 1, rank, 2)
+    return sum(sent), sum(parameter.ds_numel for parameter in engine.model.parameters())  # type: ignore[attr-defined]
+
+
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -197,6 +225,7 @@ def main(rank: int, folder: Path) -> None:
     for stage in (2, 3):
         engine = tiny_engine(tiny_model(), stage, 2, accumulation_steps=2)
         observed["accumulated", stage] = train(engine, 3, rank, 2, parts=2)
+    observed["compiled"], observed["gathering"] = observe_compiled(rank), observe_gathering(rank)
     for stage, parts in zip(STAGES, (1, 1, 2, 2, 2), strict=True):
         engine = tiny_engine(tiny_model(**SIGMOID), stage, 2, accumulation_steps=parts)
         observed["sigmoid", stage] = train(engine, 3, rank, 2, parts)
