@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import msclip
 from msclip.data.images import Preprocess
-from msclip.engine import MicroBatch, create_engine
+from msclip.engine import MicroBatch, create_engine, normalised
 from msclip.loss import contrastive_loss
 from msclip.optim import OptimConfig
 from msclip.presets import preset
@@ -50,7 +50,7 @@ class Case:
     """One line of the table."""
 
     kind: str
-    """`train`, `encode` (images, evaluation), `loss`, or the name of a peer."""
+    """`train`, `bare` (the same model in a loop of plain PyTorch), `encode` (images, evaluation), `loss`, or a peer's name."""
     model: str
     batch: int
     """Pairs a GPU in one step."""
@@ -119,6 +119,36 @@ def our_step(case: Case, device: torch.device, rank: int) -> Callable[[int], obj
     def step(number: int) -> object:
         ahead.append(engine.prepare(batches[(number + 1) % BATCHES]))
         return engine.train_step(ahead.pop(0))
+
+    return step
+
+
+def bare_step(case: Case, device: torch.device) -> Callable[[int], object]:
+    """What the engine has to keep up with: nothing but the model, its loss and AdamW; the pixels lie on the GPU."""
+    config = preset(case.model, **case.overrides)
+    torch.manual_seed(0)
+    model = msclip.build(config, device=device)
+    if case.compiled:
+        model.compile_parts()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    normalise = torch.compile(normalised) if case.compiled else normalised
+    kind = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    mean, std = (torch.tensor(numbers, device=device).view(3, 1, 1) for numbers in (Preprocess().mean, Preprocess().std))
+    shape = (case.batch, config.image_size, config.image_size, 3)
+    batches = []
+    for number in range(BATCHES):
+        ids = captions(case.batch, config.context_length, config.vocab_size, seed=number)
+        batches.append((torch.randint(256, shape, dtype=torch.uint8).to(device), pack(ids).to(device)))
+
+    def step(number: int) -> object:
+        pixels, text = batches[number % BATCHES]
+        with torch.autocast(device.type, torch.bfloat16, enabled=kind == torch.bfloat16):
+            image, caption, scale = model(normalise(pixels, mean, std, kind), text)
+        loss = contrastive_loss(image, caption, scale).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
 
     return step
 
@@ -199,6 +229,7 @@ def measure(case: Case, rank: int, profile: str | None) -> dict[str, Any]:
     device = device_of(rank)
     step = {
         "train": lambda: our_step(case, device, rank),
+        "bare": lambda: bare_step(case, device),
         "encode": lambda: encode_step(case, device),
         "loss": lambda: loss_step(case, device),
         "open_clip": lambda: open_clip_step(case, device, rank),
@@ -333,10 +364,13 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                             gpus=gpus,
                             zero_stage=zero_stage,
                             accumulation_steps=options.accumulation,
-                            compiled=compiled and zero_stage != 3,
-                            save_memory=options.save_memory and compiled and zero_stage != 3,
+                            compiled=compiled,
+                            save_memory=options.save_memory and compiled,
                             overrides=overrides,
                         )
+        for batch in options.bare:
+            for compiled in options.compiled:
+                yield replace(common, kind="bare", model=model, batch=batch, compiled=compiled, overrides=overrides)
         for batch in options.encode:
             for compiled in options.compiled:
                 yield replace(common, kind="encode", model=model, batch=batch, compiled=compiled, overrides=overrides)
@@ -358,6 +392,7 @@ def main() -> int:
     parser.add_argument("--zero", nargs="*", type=stage, default=[None], help="ZeRO stages; null for plain PyTorch")
     parser.add_argument("--gpus", nargs="*", type=int, default=[1])
     parser.add_argument("--accumulation", type=int, default=1, help="micro batches a step")
+    parser.add_argument("--bare", nargs="*", type=int, default=[], metavar="BATCH", help="also a plain loop around the model")
     parser.add_argument("--encode", nargs="*", type=int, default=[], metavar="BATCH", help="also encode_image at these sizes")
     parser.add_argument("--loss", nargs="*", type=int, default=[], metavar="BATCH", help="also the loss alone at these sizes")
     parser.add_argument("--peer", nargs="*", default=[], metavar="open_clip:MODEL", help="the same batches through a peer")
