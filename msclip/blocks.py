@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from msclip.config import ModelConfig
-from msclip.layers import MLP, attention
+from msclip.layers import MLP, add_norm, attention
 from msclip.parallel import beside
 from msclip.sharing import Modality, Paired
 from msclip.tokens import Tokens
@@ -52,6 +52,7 @@ class Block(nn.Module):
         self.ln2 = Paired(norm, here and sharing.ln2, modalities)
         self.mlp = Paired(lambda m: MLP(widths[m], 4 * widths[m], config.activation), here and sharing.ffn, modalities)
         self.dropout = nn.Dropout(config.dropout)
+        self.add_norm = add_norm
         self.parallel, self.after = beside(config, "parallel", layer), beside(config, "after", layer)
 
     def forward(self, rows: Float[Tensor, "rows width"], tokens: Tokens) -> Float[Tensor, "rows width"]:
@@ -66,9 +67,9 @@ class Block(nn.Module):
         return tokens.with_image(changed.view(tokens.images, tokens.grid, -1)).rows
 
     def _changed(self, tokens: Tokens) -> Float[Tensor, "rows width"]:
-        rows, split = tokens.rows, tokens.split
-        rows = rows + self.dropout(self.attn(self.ln1(rows, split), tokens))
-        rows = rows + self.dropout(self.mlp(self.ln2(rows, split), split))
+        rows, normed = self.add_norm(tokens.rows, None, self.ln1, tokens.split)
+        rows, normed = self.add_norm(rows, self.dropout(self.attn(normed, tokens)), self.ln2, tokens.split)
+        rows = rows + self.dropout(self.mlp(normed, tokens.split))
         for module in self.parallel.values():
             rows = rows + self.dropout(module(tokens))
         for module in self.after.values():

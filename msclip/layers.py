@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from msclip import kernels
-from msclip.sharing import Modality
+from msclip.sharing import Modality, Paired
 from msclip.tokens import PackedText, Tokens
 
 
@@ -35,6 +35,32 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         return self.proj(self.act(self.fc(x)))
+
+
+def add_norm(
+    rows: Float[Tensor, "rows width"], delta: Float[Tensor, "rows width"] | None, norm: Paired, split: int
+) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width"]]:
+    """The stream with `delta` added, and its LayerNorm, each modality by its own if `norm` is not shared.
+
+    On a GPU by one kernel, which gives the LayerNorm in the type that autocast has for the matrix product after it.
+    """
+    if not kernels.usable(rows.device) or rows.shape[1] > kernels.WIDEST:
+        return plain_add_norm(rows, delta, norm, split)
+    from msclip.kernels import norm as kernel  # Triton comes with PyTorch for GPUs alone
+
+    image, text = norm.part("image" if split else "text"), norm.part("text" if split < len(rows) else "image")
+    assert isinstance(image, nn.LayerNorm)
+    assert isinstance(text, nn.LayerNorm)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else rows.dtype
+    return kernel.add_norm(rows, delta, image.weight, image.bias, text.weight, text.bias, split, image.eps, dtype)
+
+
+def plain_add_norm(
+    rows: Float[Tensor, "rows width"], delta: Float[Tensor, "rows width"] | None, norm: Paired, split: int
+) -> tuple[Float[Tensor, "rows width"], Float[Tensor, "rows width"]]:
+    """`add_norm` of PyTorch's operators."""
+    rows = rows if delta is None else rows + delta
+    return rows, norm(rows, split)
 
 
 def attention(

@@ -19,6 +19,7 @@ from msclip.blocks import Block
 from msclip.branch import Bottleneck, ParallelBranch
 from msclip.config import ModelConfig
 from msclip.freezing import freeze
+from msclip.layers import plain_add_norm
 from msclip.parallel import AttentionBeside, FFNBeside, beside
 from msclip.presets import preset
 from msclip.sharing import Paired
@@ -182,6 +183,9 @@ class Model(nn.Module):
             # PyTorch recomputes what its kernels can do in passing; these three keep it from what a matrix product reads.
             config.ban_recompute_materialized_backward = False
             config.ban_recompute_used_far_apart = config.ban_recompute_long_fusible_chains = False
+            for block in self.blocks:  # nor can it do a kernel's work again
+                assert isinstance(block, Block)
+                block.add_norm = plain_add_norm
         if by_unit:
             units = self.units()
             compiled = {kind: torch.compile(kind.forward) for kind in {type(unit) for unit in units}}

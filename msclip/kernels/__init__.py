@@ -10,6 +10,8 @@ import torch
 
 LONGEST = 128
 """Tokens of the longest sequence that the attention kernel takes whole."""
+WIDEST = 4096
+"""Numbers of the widest row that the LayerNorm kernel takes whole."""
 
 
 def _buildable() -> bool:

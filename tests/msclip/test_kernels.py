@@ -84,9 +84,43 @@ for images, channels, side, k in [(2, 3, 2, 4), (3, 6, 3, 2), (2, 5, 2, 1), (1, 
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 """
 
+NORM = """
+import torch
+from torch import nn
+from msclip import kernels
+from msclip.layers import add_norm, plain_add_norm
+from msclip.sharing import Paired
+
+torch.manual_seed(0)
+cases = [
+    (37, 21, 48, torch.float16, False),  # either part ends within a tile
+    (9, 9, 768, torch.float32, False),
+    (5, 0, 20, None, False),
+    (1100, 700, 40, torch.float32, True),  # several programs; one pair of weights, whose gradients add up
+    (3, 1, 4096, None, False),
+]
+for rows, split, width, delta_type, shared in cases:
+    norm = Paired(lambda modality: nn.LayerNorm(width, eps=1e-12), shared)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    x = (torch.randn(rows, width) * 2 + 1).requires_grad_()
+    delta = None if delta_type is None else torch.randn(rows, width).to(delta_type).requires_grad_()
+    inputs = [tensor for tensor in (x, delta, *norm.parameters()) if tensor is not None]
+    gradients = torch.randn(2, rows, width).unbind()
+    kernels.usable = lambda device: True
+    found = add_norm(x, delta, norm, split)
+    expected = plain_add_norm(x, delta, norm, split)
+    got = torch.autograd.grad(found, inputs, gradients, allow_unused=True, materialize_grads=True)
+    want = torch.autograd.grad(expected, inputs, gradients, allow_unused=True, materialize_grads=True)
+    for a, b in zip((*found, *got), (*expected, *want), strict=True):
+        assert a.dtype == b.dtype
+        rounding = {"rtol": 1e-3, "atol": 2e-3} if a.dtype == torch.float16 else {"rtol": 1e-5, "atol": 1e-4}
+        torch.testing.assert_close(a, b, **rounding)
+"""
+
 
 @needs_triton
-@pytest.mark.parametrize("script", [ATTENTION, PATCH_SUM], ids=["attention", "patch_sum"])
+@pytest.mark.parametrize("script", [ATTENTION, PATCH_SUM, NORM], ids=["attention", "patch_sum", "norm"])
 def test_a_kernel_equals_the_plain_function(script: str) -> None:
     # The interpreter has to be chosen before Triton is imported.
     done = subprocess.run(
