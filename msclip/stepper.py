@@ -4,7 +4,7 @@ Plain PyTorch serves one process, or several that average their gradients in one
 and for tests; at scale use DeepSpeed, which overlaps that reduction with the backward pass.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -84,10 +84,19 @@ class WholeParameters:
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
-    def _clip(self) -> tuple[Tensor, Tensor]:
-        """Norm of the gradient, which is clipped in place, and whether it is finite."""
+    def _clip_and_step(self, step: Callable[[], object]) -> tuple[Tensor, bool | Tensor]:
+        """See `Stepper.apply`; `step` is the optimiser's."""
         norm = nn.utils.clip_grad_norm_(self._trained(), self._clip_grad_norm)
-        return norm, norm.isfinite()
+        finite = norm.isfinite()
+        if self._optimizer.defaults["fused"]:
+            # What fused AdamW asks for mixed precision: where this is 1, it leaves everything as it is. Nobody need wait.
+            self._optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
+            step()
+            return norm, finite
+        applied = bool(finite)
+        if applied:
+            step()
+        return norm, applied
 
     @torch.no_grad()
     def cap(self, parameter: nn.Parameter, maximum: float) -> None:
@@ -128,16 +137,7 @@ class PlainStepper(WholeParameters):
 
     def apply(self) -> tuple[Tensor, bool | Tensor]:
         self._average_gradients()
-        norm, finite = self._clip()
-        applied: bool | Tensor = finite
-        if self._optimizer.defaults["fused"]:
-            # What fused AdamW asks for mixed precision: where this is 1, it leaves everything as it is. Nobody need wait.
-            self._optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
-            self._optimizer.step()
-        else:
-            applied = bool(finite)
-            if applied:
-                self._optimizer.step()
+        norm, applied = self._clip_and_step(self._optimizer.step)
         self._optimizer.zero_grad(set_to_none=True)
         return norm, applied
 

@@ -59,6 +59,7 @@ def deepspeed_stepper(
         "gradient_clipping": config.clip_grad_norm or 0.0,  # 0: no limit
         "zero_optimization": {"reduce_bucket_size": bucket, "overlap_comm": True, **zero_options, "stage": zero_stage},
         "steps_per_print": 10**9,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a step
     }
     if zero_stage == 0:
         settings["gradient_clipping"] = 0.0  # clipped here, because stage 0 would apply a gradient that is not finite
@@ -120,12 +121,10 @@ class Zero0Stepper(_DeepSpeedPasses, WholeParameters):
         _DeepSpeedPasses.__init__(self, engine)
         WholeParameters.__init__(self, optimizer, clip_grad_norm)
 
-    def apply(self) -> tuple[Tensor, bool]:
-        """DeepSpeed would apply any gradient, so it is asked only when that is finite."""
-        norm, finite = self._clip()
-        applied = bool(finite)
-        if applied:
-            self._engine.step()
+    def apply(self) -> tuple[Tensor, bool | Tensor]:
+        """DeepSpeed would apply any gradient, so it is asked only when that is finite, or where the optimiser sees to it."""
+        norm, applied = self._clip_and_step(self._engine.step)
+        self._optimizer.zero_grad(set_to_none=True)
         return norm, applied
 
 
