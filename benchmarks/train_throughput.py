@@ -62,6 +62,8 @@ class Case:
     """Whether through torch.compile: of ours part by part, of a peer the whole model."""
     save_memory: bool = False
     """As in `TrainingConfig`."""
+    zero_options: dict[str, Any] = field(default_factory=dict)
+    """As in `create_engine`."""
     steps: int = 30
     warmup: int = 10
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -105,6 +107,7 @@ def our_step(case: Case, device: torch.device, rank: int) -> Callable[[int], obj
         precision="bf16" if case.precision == "bf16" else "fp32",
         compiled=case.compiled,
         save_memory=case.save_memory,
+        zero_options=case.zero_options,
     )
     part = case.batch // case.accumulation_steps
     batches = []
@@ -366,6 +369,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
                             accumulation_steps=options.accumulation,
                             compiled=compiled,
                             save_memory=options.save_memory and compiled,
+                            zero_options={} if zero_stage is None else json.loads(options.zero_options),
                             overrides=overrides,
                         )
         for batch in options.bare:
@@ -400,6 +404,7 @@ def main() -> int:
         "--compiled", nargs="*", type=json.loads, default=[True], metavar="true|false", help="whether through torch.compile"
     )
     parser.add_argument("--save_memory", action="store_true", help="as training.save_memory")
+    parser.add_argument("--zero_options", default="{}", help="of DeepSpeed as JSON, such as '{\"overlap_comm\": true}'")
     parser.add_argument("--overrides", default="{}", help="model settings as JSON, such as '{\"checkpoint_blocks\": true}'")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--steps", type=int, default=30)
