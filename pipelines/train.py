@@ -141,12 +141,15 @@ def run(job: TrainJob, folder: Folder, resume: bool = False, start: Weights | No
     prepared.check()
     total = total_steps(job, prepared.plan.rows)
     newest = checkpoint.newest(folder) if resume else None
-    if newest and checkpoint.read_state(newest)["step"] >= total:
+    state = checkpoint.read_state(newest) if newest else {"step": 0}
+    if newest and state["step"] >= total:
         print(f"nothing to do: {newest.url} is the last of {total:,} steps; raise training.epochs or training.steps to go on")
         return 0
-    from pipelines import session
+    from pipelines import session, worker
     from pipelines.claim import claimed
 
+    if newest:
+        worker.check_same_data(prepared, state, newest)
     with claimed(folder), session.cluster(job.cluster) as started:
         use_gpu = session.uses_gpu(job.cluster, started)
         tokenizer = prepare_tokenizer(job, data, folder, resume, start)

@@ -30,7 +30,7 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
     """The arguments of `msclip.training.train`, for this worker.
 
     Raises:
-        UserError: the newest checkpoint is of another architecture, or the data are not what it was trained on.
+        UserError: the newest checkpoint is damaged, or of another architecture.
     """
     job, run = prepared.job, RayRun(Folder(prepared.run))
     training, optim = job.training, job.optim
@@ -39,8 +39,6 @@ def prepare(prepared: Prepared) -> dict[str, Any]:
     total_steps = training.total_steps(prepared.plan.rows)
     newest = checkpoint.newest(run.folder)
     state = checkpoint.read_state(newest) if newest else {"step": 0}
-    if newest:
-        check_same_data(prepared, state, newest)
     start_step = int(state["step"])
     # Before the engine: rank 0 alone meets a damaged file, and the others must hear of it outside any other exchange.
     tensors = agree(lambda: read_tensors(newest, optim.ema_decay is not None) if newest and run.rank == 0 else ({}, {}, {}))
@@ -110,11 +108,11 @@ def check_same_data(prepared: Prepared, state: dict[str, Any], newest: Folder) -
     Raises:
         UserError: data, batch or seed differ from the checkpoint's.
     """
-    mine = identity(prepared)
-    for name, value in mine.items():
-        if state["plan"].get(name) != value:
+    theirs = state.get("plan", {})
+    for name, value in identity(prepared).items():
+        if theirs.get(name) != value:
             raise UserError(
-                f"{newest.url} was trained with {name} {state['plan'].get(name)!r}, and this run has {value!r}: its data order "
+                f"{newest.url} was trained with {name} {theirs.get(name)!r}, and this run has {value!r}: its data order "
                 "could not be continued. Use the same data and settings, or start a new run"
             )
 

@@ -82,7 +82,8 @@ def test_a_mixture_goes_on_with_one_worker(run: Folder) -> None:
 
 
 def test_a_later_run_leaves_the_recorded_rows_out_and_resumes_so(folder: Path, run: Folder, tmp_path: Path) -> None:
-    assert start(folder, "--run.name", "clean", "--data.skip_quarantined", run.url) == 0
+    one = ("--cluster.num_workers", "1")  # the order is that of any number
+    assert start(folder, "--run.name", "clean", "--data.skip_quarantined", run.url, *one) == 0
     clean = Folder(folder / "runs" / "clean")
     records = metrics_log.read(clean)
     assert records[-1]["train/bad_rows"] == 0
@@ -100,7 +101,8 @@ def test_a_later_run_leaves_the_recorded_rows_out_and_resumes_so(folder: Path, r
 
 
 def test_sources_may_be_drawn_with_replacement(folder: Path, run: Folder) -> None:
-    assert start(folder, "--run.name", "drawn", "--data.resample", "true", "--training.steps", "8") == 0
+    arguments = ["--data.resample", "true", "--training.steps", "8", "--cluster.num_workers", "1"]
+    assert start(folder, "--run.name", "drawn", *arguments) == 0
     records = metrics_log.read(Folder(folder / "runs" / "drawn"))
     assert [record["step"] for record in records] == list(range(1, 9))
     assert records[-1]["epoch/drawings"] == pytest.approx(8 * 4 / 40)
