@@ -20,6 +20,7 @@ _ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it passes on a cloud's notice; a process for each training
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -44,7 +45,8 @@ def ray_session() -> Iterator[None]:
         object_store_memory=500 * 2**20,
         log_to_driver=False,
         logging_level=logging.WARNING,
-        runtime_env={"env_vars": _ENVIRONMENT},
+        # DeepSpeed decorates a function that nobody calls with torch.compile, whose import takes each worker two seconds.
+        runtime_env={"env_vars": _ENVIRONMENT | {"TORCHDYNAMO_DISABLE": "1"}},
         _temp_dir=folder,
     )
     try:

@@ -15,12 +15,11 @@ import yaml
 from PIL import Image
 
 from msclip import metrics_log
-from msclip import training as loop
-from msclip.data.decode import Encoded, read_units
 from msclip.storage import Folder
 from pipelines import cli, train
 from tests.drawn import COLOURS, TEXTS
 from tests.pipelines.test_train import CONFIG
+from tests.pipelines.without_ray import without_ray
 
 ROWS, STEPS, CPUS = 48, 30, 3
 SIZE = 800
@@ -81,26 +80,10 @@ def start(folder: Path, name: str) -> tuple[list[str], list[float]]:
     return [record["batch"] for record in records], [record["train/loss"] for record in records]
 
 
-def in_this_process(prepared: train.Prepared, folder: Folder, total_steps: int) -> int:
-    """The same training without Ray."""
-    from pipelines import worker
-
-    def units(manifest: Any, plan: Any, *place: Any) -> Iterator[Encoded]:
-        return read_units(manifest, plan.units(*place), plan.seed)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "RayRun", loop.LocalRun)
-        patch.setattr(worker, "ray_units", units)
-        patch.setattr(worker, "RayHelpers", lambda *_: None)
-        loop.train(**worker.prepare(prepared))
-    return 0
-
-
 def test_a_run_whose_data_another_node_reads_and_decodes_does_not_notice_its_death(
     folder: Path, other_nodes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "fit", in_this_process)
+    with without_ray():
         alone = start(folder, "alone")
     train_worker = train.train_worker
 
@@ -132,4 +115,4 @@ def test_a_run_whose_data_another_node_reads_and_decodes_does_not_notice_its_dea
     assert killed, "no other node decoded"
     assert killed[0] < STEPS
     assert rows == alone[0]
-    assert losses == pytest.approx(alone[1], abs=1e-5)
+    assert losses == alone[1]

@@ -25,6 +25,7 @@ from msclip.training import WAITING
 from pipelines import claim, cli, failures, train
 from pipelines.claim import CLAIM, claimed
 from tests.drawn import TEXTS, captioned
+from tests.pipelines.without_ray import without_ray
 
 STEPS, EVERY = 60, 20
 CONFIG: dict[str, Any] = {
@@ -164,8 +165,8 @@ def test_data_that_one_worker_cannot_use_stop_both_in_one_paragraph(
 
 def test_a_run_of_two_workers_under_zero_goes_on_with_one_that_needs_none(unbroken: Folder) -> None:
     run = copied(unbroken, "fewer", until=EVERY)
-    arguments = ["--resume", run.url, "--cluster.num_workers", "1", "--training.zero_stage", "2"]
-    assert cli.guard(lambda: train.main(arguments)) == 0
+    with without_ray():
+        assert cli.guard(lambda: train.main(["--resume", run.url, "--training.zero_stage", "2"])) == 0
     ours, theirs = curve(run), curve(unbroken)
     assert [record["batch"] for record in ours] == [record["batch"] for record in theirs]
     for a, b in zip(ours, theirs, strict=True):
@@ -178,8 +179,8 @@ def test_a_checkpoint_of_another_architecture_ends_in_one_paragraph(
 ) -> None:
     run = copied(unbroken, "wider", until=EVERY)
     before = sorted(path for path in Path(run.url).rglob("*.safetensors"))
-    arguments = ["--resume", run.url, "--cluster.num_workers", "1", "--model.embed_dim", "24"]
-    assert cli.guard(lambda: train.main(arguments)) == 2
+    with without_ray():
+        assert cli.guard(lambda: train.main(["--resume", run.url, "--model.embed_dim", "24"])) == 2
     error = capfd.readouterr().err
     assert "projection" in error
     assert "Traceback" not in error

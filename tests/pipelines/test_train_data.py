@@ -14,6 +14,7 @@ from pipelines import cli, train
 from tests.drawn import TEXTS, captioned
 from tests.msclip.bad_rows import with_bad_rows
 from tests.pipelines.test_train import CONFIG, EVERY
+from tests.pipelines.without_ray import without_ray
 
 STEPS = 40
 ROWS, BAD = 240, 8
@@ -82,8 +83,8 @@ def test_a_mixture_goes_on_with_one_worker(run: Folder) -> None:
 
 
 def test_a_later_run_leaves_the_recorded_rows_out_and_resumes_so(folder: Path, run: Folder, tmp_path: Path) -> None:
-    one = ("--cluster.num_workers", "1")  # the order is that of any number
-    assert start(folder, "--run.name", "clean", "--data.skip_quarantined", run.url, *one) == 0
+    with without_ray():
+        assert start(folder, "--run.name", "clean", "--data.skip_quarantined", run.url) == 0
     clean = Folder(folder / "runs" / "clean")
     records = metrics_log.read(clean)
     assert records[-1]["train/bad_rows"] == 0
@@ -94,15 +95,16 @@ def test_a_later_run_leaves_the_recorded_rows_out_and_resumes_so(folder: Path, r
     assert run.local is not None
     run.local.rename(tmp_path / "gone")  # a run has its own copy of what it leaves out
     try:
-        assert cli.guard(lambda: train.main(["--resume", clean.url])) == 0
+        with without_ray():
+            assert cli.guard(lambda: train.main(["--resume", clean.url])) == 0
     finally:
         (tmp_path / "gone").rename(run.local)
     assert [record["batch"] for record in metrics_log.read(clean)] == [record["batch"] for record in records]
 
 
 def test_sources_may_be_drawn_with_replacement(folder: Path, run: Folder) -> None:
-    arguments = ["--data.resample", "true", "--training.steps", "8", "--cluster.num_workers", "1"]
-    assert start(folder, "--run.name", "drawn", *arguments) == 0
+    with without_ray():
+        assert start(folder, "--run.name", "drawn", "--data.resample", "true", "--training.steps", "8") == 0
     records = metrics_log.read(Folder(folder / "runs" / "drawn"))
     assert [record["step"] for record in records] == list(range(1, 9))
     assert records[-1]["epoch/drawings"] == pytest.approx(8 * 4 / 40)
