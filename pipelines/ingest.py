@@ -182,7 +182,7 @@ def _evaluation_groups(spec: str) -> list[Known]:
     folder, files = find(spec)
     known = []
     for file in files:
-        footer = read_footer(folder, file)[0]
+        footer = read_footer(folder, file).metadata
         columns = {field.name: field.type for field in footer.schema.to_arrow_schema()}
         column = next((name for name in BYTES_NAMES if name in columns and holds_bytes(columns[name])), None)
         if column is None:

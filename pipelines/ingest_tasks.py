@@ -13,7 +13,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +24,10 @@ import pyarrow.parquet as pq
 from msclip.data.captions import texts
 from msclip.data.hashes import content_hash, perceptual_hash
 from msclip.data.images import BadImage, open_image
+from msclip.data.parquet import checksum
 from msclip.data.prepare import CaptionRules, ImageRules
 from msclip.data.queries import Queries
-from msclip.data.shards import SCHEMA, Shard
+from msclip.data.shards import CHECKED, SCHEMA, Shard
 from msclip.data.sources import Row, Source
 from msclip.data.statistics import Statistics
 from msclip.errors import TrainingError, UserError
@@ -224,6 +225,7 @@ class Work:
         name = f"shards/{self.id}/{number:05d}.parquet"
         sources: Counter[str] = Counter()
         statistics = Statistics()
+        checksums = []
         with tempfile.TemporaryDirectory() as scratch, _Scratch(self.scratch) as waiting:
             local = Path(scratch) / "shard.parquet"
             # Image files and hashes hardly compress; the other columns do.
@@ -237,10 +239,12 @@ class Work:
                         statistics.add(row.image, row.width, row.height, row.captions)
                     table = pa.Table.from_pylist([row._asdict() for row in group], SCHEMA)
                     writer.write_table(table, row_group_size=len(group))
+                    checksums.append(checksum(table.select(CHECKED)))
             with local.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
             self.output.upload(local, name)
-        return Written(number, Shard.read(self.output, name, digest), dict(sources), statistics.to_dict())
+        shard = replace(Shard.read(self.output, name), sha256=digest, checksums=tuple(checksums))
+        return Written(number, shard, dict(sources), statistics.to_dict())
 
     def _row_groups(self, rows: Iterator[Waiting]) -> Iterator[list[Waiting]]:
         group: list[Waiting] = []

@@ -4,14 +4,19 @@ Footers and recently read row groups are kept per process: a decoding process me
 object store a footer costs as much time as a row group.
 """
 
+import hashlib
 import threading
+import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -19,6 +24,17 @@ from msclip.errors import UserError
 from msclip.storage import Folder
 
 _CACHE_BYTES = 256 * 2**20
+_TAIL_BYTES = 64 * 2**10  # read at once: most footers are smaller
+
+
+class Footer(NamedTuple):
+    """The end of a Parquet file, which says where everything in it lies."""
+
+    metadata: pq.FileMetaData
+    file_bytes: int
+    sha256: str
+    """Of the footer alone. It holds sizes, places and extreme values, so a file that somebody wrote anew mostly has another;
+    but not what lies between the extremes."""
 
 
 def find(spec: str) -> tuple[Folder, list[str]]:
@@ -80,18 +96,23 @@ def _kind(folder: Folder, name: str) -> fs.FileType:
     return folder.filesystem.get_file_info((folder / name).path if name else folder.path).type
 
 
-def read_footer(folder: Folder, file: str) -> tuple[pq.FileMetaData, int]:
-    """A file's footer, and the file's size in bytes.
+def read_footer(folder: Folder, file: str) -> Footer:
+    """A file's footer.
 
     Raises:
         UserError: the file is missing or not Parquet, with its name.
     """
     place = folder / file
     try:
-        info = place.filesystem.get_file_info(place.path)
-        if info.type != fs.FileType.File:
-            raise UserError(f"the shard {place.url} is missing")
-        return pq.read_metadata(place.path, filesystem=place.filesystem), info.size
+        with place.filesystem.open_input_file(place.path) as stream:
+            size = stream.size()
+            tail = stream.read_at(min(size, _TAIL_BYTES), max(0, size - _TAIL_BYTES))
+            length = 8 + int.from_bytes(tail[-8:-4], "little")  # it ends with its own length and four letters
+            if len(tail) < length <= size:
+                tail = stream.read_at(length, size - length)
+        return Footer(pq.read_metadata(pa.BufferReader(tail)), size, hashlib.sha256(tail[-length:]).hexdigest())
+    except FileNotFoundError:
+        raise UserError(f"the shard {place.url} is missing") from None
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{place.url} is not a whole Parquet file: {error}") from error
 
@@ -127,11 +148,19 @@ def _holds_captions(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
-def read_row_group(folder: Folder, file: str, index: int, columns: Sequence[str], keep: bool = False) -> pa.Table:
+def read_row_group(
+    folder: Folder,
+    file: str,
+    index: int,
+    columns: Sequence[str],
+    keep: bool = False,
+    check: Callable[[pa.Table], None] | None = None,
+) -> pa.Table:
     """One row group, of `columns` those that the file has.
 
     Args:
         keep: for another reader of the same row group: the least recently used 256 MiB of this process stay in memory.
+        check: looks at what was read, before anybody else does; not again at what has stayed in memory.
 
     Raises:
         UserError: the file is gone or damaged, with its name.
@@ -142,6 +171,8 @@ def read_row_group(folder: Folder, file: str, index: int, columns: Sequence[str]
     if table is None:
         try:
             table = _read(folder, file, index, columns)
+            if check:
+                check(table)
         except (FileNotFoundError, pa.ArrowException) as error:
             raise UserError(f"cannot read row group {index} of {folder.url}/{file}: {error}") from error
         except OSError as error:
@@ -162,7 +193,33 @@ def _read(folder: Folder, file: str, index: int, columns: Sequence[str]) -> pa.T
 
 @lru_cache(maxsize=1024)
 def _cached_footer(folder: Folder, file: str) -> pq.FileMetaData:
-    return read_footer(folder, file)[0]
+    return read_footer(folder, file).metadata
+
+
+def checksum(table: pa.Table) -> int:
+    """CRC-32 of all values of binary columns, strings and lists of them, in order. It tells data that were changed by mistake,
+    at a quarter of what SHA-256 would cost; it is no seal against somebody who means to deceive.
+    """
+    crc = 0
+    for column in table.columns:
+        crc = _checksum(column, crc)
+    return crc
+
+
+def _checksum(column: pa.ChunkedArray, crc: int) -> int:
+    # Lengths and values apart: how they lie in memory differs between what is written and what is read.
+    nested = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+    lengths = pc.list_value_length(column) if nested else pc.binary_length(column)
+    crc = zlib.crc32(lengths.cast(pa.int64()).fill_null(-1).to_numpy().astype("<i8"), crc)
+    if nested:
+        return _checksum(pc.list_flatten(column), crc)
+    for chunk in column.chunks:
+        _, offsets, values = chunk.buffers()
+        wide = pa.types.is_large_binary(chunk.type) or pa.types.is_large_string(chunk.type)
+        ends = np.frombuffer(offsets, np.int64 if wide else np.int32)
+        if values is not None:
+            crc = zlib.crc32(memoryview(values)[ends[chunk.offset] : ends[chunk.offset + len(chunk)]], crc)
+    return crc
 
 
 class _TableCache:

@@ -13,14 +13,16 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from msclip.data.parquet import check_columns, find_files, read_footer, read_row_group, split
+from msclip.data.parquet import check_columns, checksum, find_files, read_footer, read_row_group, split
 from msclip.errors import UserError
 from msclip.storage import Folder
 
@@ -39,6 +41,9 @@ SCHEMA = pa.schema(
     ]
 )
 
+CHECKED = ("image", "captions", "key", "source")
+"""Columns of `SCHEMA` whose values a row group's checksum covers: those that training can be told to read."""
+
 _FOOTER_THREADS = 16
 _VERSION = re.compile(r"manifest-(\d{6,})\.json")
 
@@ -55,13 +60,17 @@ class Shard:
     """Bytes."""
     sha256: str = ""
     """Of the file; empty where nobody computed it."""
+    footer: str = ""
+    """SHA-256 of the footer; empty in manifests from before there were checksums."""
+    checksums: tuple[int, ...] = ()
+    """Of the columns `CHECKED` of each row group; likewise."""
 
     @property
     def rows(self) -> int:
         return sum(self.row_groups)
 
     @classmethod
-    def read(cls, folder: Folder, file: str, sha256: str = "", columns: tuple[str, str] | None = None) -> "Shard":
+    def read(cls, folder: Folder, file: str, columns: tuple[str, str] | None = None) -> "Shard":
         """From the file's footer.
 
         Args:
@@ -70,10 +79,11 @@ class Shard:
         Raises:
             UserError: no such file, not a Parquet file, or a column is missing or of a wrong type.
         """
-        footer, size = read_footer(folder, file)
+        footer, size, digest = read_footer(folder, file)
         if columns:
             check_columns(folder, file, footer, *columns)
-        return cls(file, tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups)), size, sha256)
+        rows = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
+        return cls(file, rows, size, footer=digest)
 
 
 class RowGroup(NamedTuple):
@@ -129,19 +139,9 @@ class Manifest:
         columns = (image_column, caption_column)
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
             shards = tuple(pool.map(lambda name: Shard.read(folder, name, columns=columns), names))
-        manifest = stated.file if stated else MANIFEST
         for shard, recorded in zip(shards, stated.shards if stated else (), strict=bool(stated)):
-            if shard.row_groups != recorded.row_groups:
-                raise UserError(
-                    f"{folder.url}/{shard.file} has {shard.rows} rows in {len(shard.row_groups)} row groups, but "
-                    f"{manifest} beside it says {recorded.rows} in {len(recorded.row_groups)}: the file changed after ingest; "
-                    f"ingest again, or delete {MANIFEST} to read the files as they are"
-                )
-            if shard.size != recorded.size:
-                raise UserError(
-                    f"{folder.url}/{shard.file} has {shard.size:,} bytes, but {manifest} beside it says {recorded.size:,}: the "
-                    f"file changed after ingest; ingest again, or delete {MANIFEST} to read the files as they are"
-                )
+            if stated and (told := _difference(shard, recorded, stated.file)):
+                raise stated._changed(recorded, told)
         if not any(shard.rows for shard in shards):
             raise UserError(f"the data {spec!r} hold no rows ({len(shards)} Parquet files)")
         if stated:
@@ -172,6 +172,8 @@ class Manifest:
             "format": FORMAT,
             "shards": [
                 {"file": s.file, "rows": s.rows, "row_groups": s.row_groups, "bytes": s.size, "sha256": s.sha256}
+                | ({"footer": s.footer} if s.footer else {})
+                | ({"checksums": s.checksums} if s.checksums else {})
                 for s in self.shards
             ],
             "rows": self.rows,
@@ -240,14 +242,32 @@ class Manifest:
             OSError: the storage failed.
         """
         place = self.row_groups[group]
-        file = self.shards[place.shard].file
-        table = read_row_group(self.folder, file, place.row_group, (self.image_column, self.caption_column, "key"), keep=keep)
+        wanted = [self.image_column, self.caption_column, "key"]
+        columns = [*dict.fromkeys((*CHECKED, *wanted) if self.shards[place.shard].checksums else wanted)]
+        file, check = self.shards[place.shard].file, partial(self._check, place)
+        table = read_row_group(self.folder, file, place.row_group, columns, keep, check)
+        return table.select([name for name in dict.fromkeys(wanted) if name in table.column_names])
+
+    def _check(self, place: RowGroup, table: pa.Table) -> None:
+        """Raises `UserError` unless a row group holds what it held when the job began and, where that is known, at ingest."""
+        shard = self.shards[place.shard]
         if len(table) != place.rows:
             raise UserError(
-                f"row group {place.row_group} of {self.folder.url}/{file} has {len(table)} rows and had {place.rows} when the "
-                "job began: shards must not change under a job"
+                f"row group {place.row_group} of {self.folder.url}/{shard.file} has {len(table)} rows and had {place.rows} "
+                "when the job began: shards must not change under a job"
             )
-        return table
+        there = [name for name in CHECKED if name in table.column_names]
+        if shard.checksums and checksum(table.select(there)) != shard.checksums[place.row_group]:
+            raise self._changed(
+                shard, f"has other images or captions in row group {place.row_group} than {self.file} was made of"
+            )
+
+    def _changed(self, shard: Shard, told: str) -> UserError:
+        beside = (self.folder / str(PurePosixPath(shard.file).parent / "*.parquet")).url
+        return UserError(
+            f"{(self.folder / shard.file).url} {told}: the file changed after ingest; put back what was there, ingest again, "
+            f"or give {unquote(beside)!r} as the data to read such files as they are"
+        )
 
     @cached_property
     def _first_row(self) -> Int64[np.ndarray, " groups"]:
@@ -255,6 +275,20 @@ class Manifest:
 
     def __reduce__(self) -> tuple[type["Manifest"], tuple[object, ...]]:
         return Manifest, tuple(getattr(self, f.name) for f in fields(self))  # without what is only cached
+
+
+def _difference(found: Shard, recorded: Shard, manifest: str) -> str:
+    """How a shard's footer is not what the manifest says; empty if it is."""
+    if found.row_groups != recorded.row_groups:
+        return (
+            f"has {found.rows} rows in {len(found.row_groups)} row groups, but {manifest} beside it says {recorded.rows} in "
+            f"{len(recorded.row_groups)}"
+        )
+    if found.size != recorded.size:
+        return f"has {found.size:,} bytes, but {manifest} beside it says {recorded.size:,}"
+    if recorded.footer and found.footer != recorded.footer:
+        return f"has another footer than {manifest} beside it says, though as many bytes"
+    return ""
 
 
 def version_file(version: int) -> str:
@@ -307,6 +341,13 @@ def newest(folder: Folder) -> Manifest | None:
     return read_manifest(folder) if folder.exists(MANIFEST) else None
 
 
+def _shard(record: Mapping[str, Any]) -> Shard:
+    checksums = tuple(record.get("checksums", ()))
+    return Shard(
+        record["file"], tuple(record["row_groups"]), record["bytes"], record["sha256"], record.get("footer", ""), checksums
+    )
+
+
 def read_manifest(folder: Folder, name: str = MANIFEST) -> Manifest:
     """A manifest as its file has it, without a look at the shards.
 
@@ -319,7 +360,7 @@ def read_manifest(folder: Folder, name: str = MANIFEST) -> Manifest:
             raise UserError(f"{folder.url}/{name} has format {content['format']!r}; this version reads {FORMAT!r}")
         return Manifest(
             folder,
-            tuple(Shard(s["file"], tuple(s["row_groups"]), s["bytes"], s["sha256"]) for s in content["shards"]),
+            tuple(_shard(record) for record in content["shards"]),
             quarantined=content["quarantined"],
             sources=content["sources"],
             created=content["created"],

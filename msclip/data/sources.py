@@ -273,7 +273,7 @@ class ParquetSource:
     ) -> "ParquetSource":
         """Reads all footers. Raises `UserError` where a file is broken or has not these columns in a fitting type."""
         folder, files = find(spec)
-        footers = {file: read_footer(folder, file)[0] for file in files}
+        footers = {file: read_footer(folder, file).metadata for file in files}
         schemas = {file: footer.schema.to_arrow_schema() for file, footer in footers.items()}
         first, where = schemas[files[0]], f"{folder.url}/{files[0]}"
         image = column(first.names, image_column, BYTES_NAMES, "image_column", where)

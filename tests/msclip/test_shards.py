@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from msclip.data.parquet import find
-from msclip.data.shards import FORMAT, MANIFEST, SCHEMA, Manifest, Shard, newest, pinned, versions
+from msclip.data.parquet import checksum, find, read_footer
+from msclip.data.shards import CHECKED, FORMAT, MANIFEST, SCHEMA, Manifest, Shard, newest, pinned, versions
 from msclip.errors import UserError
 from msclip.storage import Folder
 
@@ -56,6 +57,7 @@ def test_a_manifest_survives_writing_and_loading(folder: Folder) -> None:
         "row_groups": [4, 4, 2],
         "bytes": (folder.local / "a.parquet").stat().st_size if folder.local else 0,
         "sha256": "",
+        "footer": written.shards[0].footer,
     }
 
 
@@ -113,7 +115,7 @@ def test_a_pickled_manifest_still_reads(folder: Folder) -> None:
 
 
 def test_versions_are_all_readable_and_the_newest_is_what_the_folder_means(folder: Folder) -> None:
-    shards = [Shard.read(folder, name, sha256=name) for name in folder.names("*.parquet")]
+    shards = [replace(Shard.read(folder, name), sha256=name) for name in folder.names("*.parquet")]
     for number in (1, 2, 3):
         Manifest(folder, tuple(shards[:number]), version=number, ingests=({"input": "x"},) * number).publish()
     assert versions(folder) == [1, 2, 3]
@@ -209,6 +211,74 @@ def test_a_shard_that_changes_under_a_job_is_noticed(folder: Folder) -> None:
     (Path(folder.url) / "b.parquet").unlink()
     with pytest.raises(UserError, match=r"cannot read row group 0 of .*b\.parquet"):
         manifest.read(3)
+
+
+def with_checksums(folder: Folder, file: str, sizes: list[int]) -> Manifest:
+    """A manifest of one file, as ingest writes it."""
+    table = pq.read_table(f"{folder.url}/{file}")
+    groups = np.split(np.arange(len(table)), np.cumsum(sizes)[:-1])
+    columns = [name for name in CHECKED if name in table.column_names]
+    checksums = tuple(checksum(table.take(group).select(columns)) for group in groups)
+    Manifest(folder, (replace(Shard.read(folder, file), checksums=checksums),), version=1).publish()
+    return Manifest.load(folder.url)
+
+
+def test_a_file_written_anew_with_as_many_bytes_is_refused_by_its_footer(folder: Folder) -> None:
+    with_checksums(folder, "a.parquet", [4, 4, 2])
+    size = (Path(folder.url) / "a.parquet").stat().st_size
+    write(Path(folder.url) / "a.parquet", 10, key=[f"b/{i}" for i in range(10)])
+    assert (Path(folder.url) / "a.parquet").stat().st_size == size
+    with pytest.raises(UserError, match=r"/a\.parquet has another footer than manifest-000001\.json beside it says, though as"):
+        Manifest.load(folder.url)
+    assert Manifest.load(f"{folder.url}/*.parquet").rows == 16  # what the message advises
+
+
+def test_an_image_replaced_in_its_place_is_refused_when_it_is_read(folder: Folder) -> None:
+    path = Path(folder.url) / "a.parquet"
+    pq.write_table(pq.read_table(path), path, row_group_size=4, compression="none")
+    manifest = with_checksums(folder, "a.parquet", [4, 4, 2])
+    footer, data = read_footer(folder, "a.parquet"), path.read_bytes()
+    assert data.count(b"a-5") == 1  # neither an extreme of its row group, which the footer holds, nor anywhere else
+    path.write_bytes(data.replace(b"a-5", b"a-X"))
+    assert read_footer(folder, "a.parquet") == footer
+    assert Manifest.load(folder.url) == manifest
+    assert manifest.read(0)["image"].to_pylist() == [b"a-0", b"a-1", b"a-2", b"a-3"]
+    for keep in (True, False):
+        with pytest.raises(UserError, match=r"/a\.parquet has other images or captions in row group 1 than manifest-000001"):
+            manifest.read(1, keep=keep)
+    assert manifest.read(2, keep=True).column_names == ["image", "captions", "key"]
+    # From before there were checksums: readable as ever, and nothing to compare with.
+    content = json.loads(folder.read_text(MANIFEST))
+    for shard in content["shards"]:
+        del shard["footer"], shard["checksums"]
+    folder.write_text(MANIFEST, json.dumps(content))
+    old = Manifest.load(folder.url)
+    assert (old.digest, old.shards[0].checksums) == (manifest.digest, ())
+    assert old.read(1)["image"].to_pylist()[1] == b"a-X"
+
+
+def test_a_checksum_is_of_the_values_in_their_places() -> None:
+    kinds = pa.schema([("image", pa.binary()), ("captions", pa.list_(pa.string()))])
+
+    def of(images: Sequence[bytes | None], captions: list[list[str]], schema: pa.Schema = kinds) -> int:
+        return checksum(pa.table([images, captions], schema=schema))
+
+    images, captions = [b"ab", b"c", b""], [["x", "y"], ["z"], []]
+    same = of(images, captions)
+    table = pa.table([[b"!", *images, b"!"], [["!"], *captions, ["!"]]], schema=kinds)
+    assert checksum(pa.concat_tables([table.slice(1, 1), table.slice(2, 2)])) == same
+    large = pa.schema([("image", pa.large_binary()), ("captions", pa.large_list(pa.large_string()))])
+    assert of(images, captions, large) == same
+    assert checksum(table.slice(1, 0)) == of([], [])
+    others = [
+        of([b"a", b"bc", b""], captions),
+        of([b"c", b"ab", b""], captions),
+        of([b"ab", b"c", None], captions),
+        of(images, [["x"], ["y", "z"], []]),
+        of(images, [["y", "x"], ["z"], []]),
+        of(images, [["xy"], ["z"], []]),
+    ]
+    assert len({same, *others}) == 7
 
 
 def test_real_files_load(shared_data: Path) -> None:
