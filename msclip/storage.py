@@ -4,7 +4,7 @@ Local files appear whole or not at all: written beside their place, synchronised
 same promise for one object. S3 is `msclip.s3`; anything else that `pyarrow.fs.FileSystem.from_uri` knows works (gs, abfs,
 hdfs), and anything that fsspec knows and is installed for (http, sftp, hf, memory, ...); query parameters such as
 `?endpoint_override=host:port&scheme=http` stay with every folder below. URLs are written down (in a run's config, in logs, in
-exports), so one with a password is refused.
+exports), so one with a password is refused; on the web, where the query may be a signature, `Folder.url` has none.
 """
 
 import fnmatch
@@ -26,6 +26,8 @@ from msclip.errors import UserError
 
 _TEMPORARY = ".tmp-"
 _COPY_BYTES = 8 * 2**20
+_SECRET = re.compile("secret|token|password|sig|key", re.IGNORECASE)
+_WEB = ("http://", "https://")
 _PYARROW = {f"{scheme}://" for scheme in ("gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "local", "mock")}
 
 
@@ -45,6 +47,13 @@ def _fsspec(url: str) -> tuple[fs.FileSystem, str]:
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
 
 
+def _web(url: str) -> tuple[fs.FileSystem, str]:
+    from msclip.web import Web
+
+    path, mark, query = url.partition("?")
+    return fs.PyFileSystem(fs.FSSpecHandler(Web(mark + query))), path
+
+
 class Folder:
     """A place for files, by URL. Making one reads nothing and creates nothing; writing creates what is missing.
 
@@ -56,7 +65,7 @@ class Folder:
     """
 
     def __init__(self, url: "str | Path | Folder"):
-        text = url.url if isinstance(url, Folder) else str(url)
+        text = url.full_url if isinstance(url, Folder) else str(url)
         remote = _remote(text)
         self.url: str
         self.local: Path | None = None
@@ -67,23 +76,41 @@ class Folder:
             self.url = str(self.local)
         else:
             self._scheme, self._rest, self._query = remote
-            if re.match("[^/@]*:[^/]*@", self._rest):
+            if self._has_password():
                 raise UserError(
                     f"a {self._scheme} URL must not hold a password, since URLs are written into configs, logs and exports; "
                     "leave it to the environment (for S3: AWS_PROFILE, AWS_ACCESS_KEY_ID or the machine's role)"
                 )
-            self.url = self._scheme + self._rest + self._query
+            self.url = self._public_url()
             if not self._rest:
                 raise UserError(f"the folder {text!r} names no bucket; write {self._scheme}BUCKET/PATH")
             self._connect()
+
+    @property
+    def _on_web(self) -> bool:
+        return self._scheme in _WEB
+
+    def _has_password(self) -> bool:
+        """Whether the URL holds what must not be written down, and would be."""
+        settings = [] if self._on_web or self._scheme == "s3://" else self._query.removeprefix("?").split("&")
+        user = "[^/@]*@" if self._on_web else "[^/@]*:[^/]*@"  # on the web a token may stand alone there
+        return bool(re.match(user, self._rest)) or any(_SECRET.search(each.partition("=")[0]) for each in settings)
+
+    def _public_url(self) -> str:
+        return self._scheme + self._rest + ("" if self._on_web else self._query)
+
+    @property
+    def full_url(self) -> str:
+        """`url` with the query that it leaves out on the web: to come here again, and not to be written down."""
+        return self.url if self.local is not None else self._scheme + self._rest + self._query
 
     def _connect(self) -> None:
         if self._scheme == "s3://":
             self._filesystem, self._path = s3.connect(self._rest, self._query.removeprefix("?"))
             return
         try:
-            connect: Any = fs.FileSystem.from_uri if self._scheme in _PYARROW else _fsspec
-            self._filesystem, self._path = connect(self.url)
+            connect: Any = _web if self._on_web else fs.FileSystem.from_uri if self._scheme in _PYARROW else _fsspec
+            self._filesystem, self._path = connect(self.full_url)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError, ImportError) as error:
             raise UserError(
                 f"cannot use the folder {self.url!r}: {error}; give a local path or a URL such as s3://bucket/path"
@@ -124,14 +151,18 @@ class Folder:
         child.local, child._filesystem = None, self._filesystem
         child._scheme, child._query = self._scheme, self._query
         rest = path = str(parts)
-        if not isinstance(self._handler, fs.FSSpecHandler):
+        if self.quotes:
             rest = quote(rest)
-        elif self._scheme in ("http://", "https://"):
-            rest = path = quote(rest)  # of what fsspec knows, the web alone has names in quotation
+            path = rest if self._on_web else path
         child._rest = f"{self._rest}/{rest}" if str(parts) != "." else self._rest
         child._path = f"{self._path}/{path}" if str(parts) != "." else self._path
-        child.url = child._scheme + child._rest + child._query
+        child.url = child._public_url()
         return child
+
+    @property
+    def quotes(self) -> bool:
+        """Whether URLs here have names in quotation, such as %20 for a space. Of what fsspec knows, those of the web alone."""
+        return self.local is None and (self._on_web or not isinstance(self._handler, fs.FSSpecHandler))
 
     def __repr__(self) -> str:
         return f"Folder({self.url!r})"
@@ -143,7 +174,7 @@ class Folder:
         return hash(self.url)
 
     def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
-        return Folder, (self.url,)
+        return Folder, (self.full_url,)
 
     def exists(self, name: str = "") -> bool:
         """Whether a file or folder of this name is there; without a name, whether this folder is."""

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msclip
 from msclip.data.captions import Refused
@@ -30,7 +31,7 @@ from msclip.data.selection import Deduplicate
 from msclip.data.shards import Manifest, newest, versions
 from msclip.data.sources import BYTES_NAMES, Source, holds_bytes, open_source
 from msclip.data.statistics import Statistics
-from msclip.errors import UserError
+from msclip.errors import UserError, without_queries
 from msclip.storage import Folder
 from pipelines import cli, data_page, session
 from pipelines.ingest_folder import QUARANTINE, check_output, check_shards, clear, discard_shards, ingesting
@@ -274,6 +275,7 @@ class _Ingest:
         for each in written:
             statistics.merge(Statistics.from_dict(each.statistics))
         created = datetime.now(UTC).isoformat(timespec="seconds")
+        settings = {name: value for name, value in asdict(self.job).items() if name not in ("overwrite", "address")}
         ingest = {
             "version": number,
             "id": self.id,
@@ -284,7 +286,7 @@ class _Ingest:
             "kept": kept,
             "dropped": dict(dropped.most_common()),
             "quarantine": f"quarantine-{self.id}.jsonl",
-            "settings": {name: value for name, value in asdict(self.job).items() if name not in ("overwrite", "address")},
+            "settings": {name: _public(value) for name, value in settings.items()},
             "software": {
                 "msclip": msclip.__version__,
                 "python": platform.python_version(),
@@ -301,6 +303,13 @@ class _Ingest:
             statistics=statistics.to_dict(),
             ingests=(*base.ingests, ingest),
         )
+
+
+def _public(setting: Any) -> Any:
+    """A setting as it may be written down: of addresses of the web without the query."""
+    if isinstance(setting, list):
+        return [_public(each) for each in setting]
+    return without_queries(setting) if isinstance(setting, str) else setting
 
 
 def _row_groups(manifest: Manifest) -> list[Known]:

@@ -28,7 +28,7 @@ from msclip.data.images import Preprocess
 from msclip.data.mixture import Mixture, pinned
 from msclip.data.plan import Plan
 from msclip.data.tokenizer import Tokenizer
-from msclip.errors import TrainingError, UserError
+from msclip.errors import TrainingError, UserError, without_queries
 from msclip.storage import Folder
 from pipelines import cli, starting
 from pipelines.jobs import TrainJob
@@ -285,11 +285,13 @@ def train_worker(config: dict[Any, Any]) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A config as YAML has it: mappings, lists and scalars."""
+    """A config as YAML has it: mappings, lists and scalars. Of addresses of the web without the query, which may be a key."""
     if hasattr(value, "__dataclass_fields__"):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):
         return {name: plain(v) for name, v in value.items()}
+    if isinstance(value, str):
+        return without_queries(value)
     return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 

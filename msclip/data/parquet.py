@@ -89,7 +89,10 @@ def split(spec: str) -> tuple[Folder, str]:
         return (Folder(path.parent), path.name) if path.name not in ("", "..") else (Folder(path), "")
     place, query_mark, query = rest.partition("?")
     parent, _, name = place.rstrip("/").rpartition("/")
-    return (Folder(f"{scheme}://{parent}{query_mark}{query}"), name) if parent else (Folder(spec), "")
+    if not parent:
+        return Folder(spec), ""
+    folder = Folder(f"{scheme}://{parent}{query_mark}{query}")
+    return folder, unquote(name) if folder.quotes else name
 
 
 def _kind(folder: Folder, name: str) -> fs.FileType:

@@ -316,22 +316,28 @@ def stated_in(spec: str) -> Manifest | None:
             raise UserError(f"the data {spec!r} do not exist; versions in that folder: {there}")
         return read_manifest(parent, name)
     folder = Folder(spec)
-    return read_manifest(folder) if folder.exists(MANIFEST) else None
+    try:
+        return read_manifest(folder) if folder.exists(MANIFEST) else None
+    except PermissionError:  # below a file of the web: many servers refuse to say that something is not there
+        return None
 
 
 def is_data_set(folder: Folder) -> bool:
     """Whether the folder has a `manifest.json` of shards, of whatever version; people have others of that name."""
     try:
         return str(json.loads(folder.read_text(MANIFEST))["format"]).startswith(FORMAT.partition("/")[0])
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, ValueError, KeyError, TypeError):
         return False
 
 
 def pinned(spec: str) -> str:
-    """The spec as a URL; for a folder with versions, that of the newest version's own file, whatever is added later."""
+    """The spec as a URL; for a folder with versions, that of the newest version's own file, whatever is added later.
+
+    With the query that a URL of the web may have, which is not to be written down.
+    """
     folder = Folder(spec)
     stated = read_manifest(folder) if is_data_set(folder) else None
-    return (folder / stated.file).url if stated and stated.version else folder.url
+    return (folder / stated.file if stated and stated.version else folder).full_url
 
 
 def newest(folder: Folder) -> Manifest | None:
