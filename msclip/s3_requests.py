@@ -23,7 +23,9 @@ from msclip.errors import UserError
 ATTEMPTS = 10
 _CONNECT_SECONDS, _SILENCE_SECONDS, _LONGEST_PAUSE = 10, 30, 20.0
 _CONNECTIONS = 32
-_ERRNO = {403: errno.EACCES, 404: errno.ENOENT, 409: errno.EAGAIN, 412: errno.EEXIST, 501: errno.ENOTSUP}
+_ERRNO = {401: errno.EACCES, 403: errno.EACCES, 404: errno.ENOENT, 409: errno.EAGAIN, 412: errno.EEXIST, 501: errno.ENOTSUP}
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
+"""Answered with status 400; a HEAD has no body that could say so."""
 _making = threading.Lock()
 
 
@@ -215,7 +217,15 @@ def new_mark() -> dict[str, str]:
 @contextmanager
 def explained(path: str) -> Iterator[None]:
     """Raises botocore's errors as those of files."""
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        CredentialRetrievalError,
+        NoCredentialsError,
+        PartialCredentialsError,
+        SSOError,
+        TokenRetrievalError,
+    )
 
     url = f"s3://{path}"
     try:
@@ -223,6 +233,8 @@ def explained(path: str) -> Iterator[None]:
     except ClientError as error:
         status, told = error.response["ResponseMetadata"].get("HTTPStatusCode"), error.response.get("Error", {})
         number = _ERRNO.get(status, errno.EIO)
+        if status == 400 and told.get("Code") in (*_EXPIRED, "400"):
+            number = errno.EACCES
         text = os.strerror(number) if status in (404, 412) else f"{told.get('Code')}: {told.get('Message')}"
         raise OSError(number, text, url) from error
     except (NoCredentialsError, PartialCredentialsError) as error:
@@ -230,5 +242,7 @@ def explained(path: str) -> Iterator[None]:
             f"cannot use {url}: {error}; set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a "
             "role"
         ) from error
+    except (CredentialRetrievalError, SSOError, TokenRetrievalError) as error:
+        raise OSError(errno.EACCES, str(error), url) from error
     except BotoCoreError as error:
         raise OSError(errno.EIO, str(error), url) from error

@@ -37,7 +37,7 @@ from pipelines import cli, data_page, session
 from pipelines.ingest_folder import QUARANTINE, check_output, check_shards, clear, discard_shards, ingesting
 from pipelines.ingest_plan import Decision, write_records
 from pipelines.ingest_run import Cluster
-from pipelines.ingest_tasks import Known, Work, Written
+from pipelines.ingest_tasks import Known, Work, Written, refused
 from pipelines.jobs import ClusterConfig
 
 
@@ -148,12 +148,15 @@ def run(job: IngestJob) -> Manifest:
     output = Folder(job.output)
     if f"{Folder(job.input).path}/".startswith(f"{output.path}/"):
         raise UserError(f"output must not be or hold the input, got output {job.output!r} and input {job.input!r}")
-    check_output(output, job.overwrite)
     rules = job.image_rules, CaptionRules(job.min_caption_chars, job.max_caption_chars)
-    queries = Queries.read(job.queries) if job.queries else None
-    evaluation = [known for spec in job.decontaminate for known in _evaluation_groups(spec)]
-    source = open_source(job.input, job.captions, job.image_column, job.caption_column, job.key_column, job.source)
-    units, unread = source.units()
+    try:
+        check_output(output, job.overwrite)
+        queries = Queries.read(job.queries) if job.queries else None
+        evaluation = [known for spec in job.decontaminate for known in _evaluation_groups(spec)]
+        source = open_source(job.input, job.captions, job.image_column, job.caption_column, job.key_column, job.source)
+        units, unread = source.units()
+    except PermissionError as error:
+        raise refused(error) from error
     if not units:
         told = _reasons(Counter(record.reason.partition(":")[0] for record in unread))
         raise UserError(f"nothing to ingest in {job.input!r}: no image has a caption. {told}")

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -63,12 +63,15 @@ def ingesting(output: Folder) -> Iterator[str]:
         raise UserError(f"output cannot be written to: {output.url}: {error.strerror or error}") from None
     thread = threading.Thread(target=refresh, daemon=True)
     thread.start()
+    failed = True
     try:
         yield own
+        failed = False
     finally:
         stop.set()
         thread.join()
-        _discard(output, own)
+        with suppress(OSError) if failed else nullcontext():  # perhaps why it failed; then the next ingest clears up
+            _discard(output, own)
 
 
 def _is_dead(output: Folder, name: str) -> bool:

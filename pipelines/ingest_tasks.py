@@ -267,6 +267,9 @@ class Work:
         except UserError as error:
             ray.get(self.tally.fail.remote(error))
             raise
+        except PermissionError as error:
+            ray.get(self.tally.fail.remote(told := refused(error)))
+            raise told from error
         except OSError as error:
             where = f"from input or to {self.output.url}"
             cure = "no space is left; free some" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to the storage"
@@ -277,6 +280,16 @@ class Work:
         finally:
             if count := repeated.take():
                 ray.get(self.tally.repeat.remote(count))
+
+
+def refused(error: PermissionError) -> UserError:
+    """What to do about storage that no longer lets this ingest in."""
+    return UserError(
+        f"access to {error.filename or 'the storage'} was refused ({error.strerror or error}). If a credential has expired, "
+        "renew it: sign in to AWS_PROFILE or set new AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN for S3, "
+        "give the new URL for the web; else see to the permissions. Then start the same ingest again: nothing has been "
+        "published, and no row counted as bad for it"
+    )
 
 
 def _name(unit: int) -> str:

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,7 +47,9 @@ class FaultyProxy:
 
     target: int
     """The server's port."""
-    faults: Faults
+    faults: Faults = field(default_factory=Faults)
+    refuse: Callable[[str, str], tuple[int, str] | None] = lambda method, path: None
+    """Status and error code of requests that are not passed on, by their method and path."""
     seen: Counter[str] = field(default_factory=Counter)
     done: Counter[str] = field(default_factory=Counter)
     most_at_once: int = 0
@@ -123,6 +125,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "slow_down":
             plan.note("slow_down")
             return self._refuse(503, "SlowDown")
+        if refusal := plan.refuse(self.command, self.path):
+            return self._refuse(*refusal)
         if not plan.faults.conditions and "If-None-Match" in self.headers:
             return self._refuse(501, "NotImplemented")
         if fault == "stall":

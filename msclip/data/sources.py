@@ -244,9 +244,28 @@ def _read_file(folder: Folder, file: str) -> tuple[bytes | None, str]:
     try:
         return folder.read_bytes(file), ""
     except OSError as error:
-        if not isinstance(error, FileNotFoundError | PermissionError) and error.errno != errno.ELOOP:
-            raise
-        return None, f"unreadable: {type(error).__name__}"
+        return None, _unreadable(folder, error)
+
+
+def _unreadable(folder: Folder, error: OSError) -> str:
+    """The reason that a row gets whose file cannot be read.
+
+    Raises:
+        OSError: it is not for this file alone: the storage failed, or the input is gone or no longer open to us, as it is when
+            a credential has expired.
+    """
+    if not isinstance(error, FileNotFoundError | PermissionError) and error.errno != errno.ELOOP:
+        raise error
+    if not folder.url.startswith(("http://", "https://")):
+        try:
+            there = folder.exists()
+        except PermissionError:
+            raise error from None  # says more: an answer to this question has no body
+        if not there:
+            raise OSError(errno.ENOENT, "the input is gone", folder.url) from error
+    elif isinstance(error, PermissionError):  # the web has no folder to ask: there the key is of one file or of all
+        raise error
+    return f"unreadable: {type(error).__name__}"
 
 
 @dataclass(frozen=True)
@@ -366,11 +385,13 @@ class TarSource:
         sidecar = cache(lambda: self._sidecar(f"{stem}.parquet"))  # read only if a sample lacks its captions
         place = self.folder / file
         try:
-            with place.filesystem.open_input_stream(place.path, compression=None, buffer_size=2**20) as stream:
-                for number, sample in enumerate(read_samples(stream, self.caption_field, lambda key: sidecar().get(key, []))):
-                    yield self._row(file, f"{stem}/", number, sample)
-        except FileNotFoundError:
-            yield self._row(file, "", None, Sample("", None, [], "unreadable: FileNotFoundError"))
+            stream = place.filesystem.open_input_stream(place.path, compression=None, buffer_size=2**20)
+        except OSError as error:
+            yield self._row(file, "", None, Sample("", None, [], _unreadable(self.folder, error)))
+            return
+        with stream:  # what fails from here on is no property of the tar
+            for number, sample in enumerate(read_samples(stream, self.caption_field, lambda key: sidecar().get(key, []))):
+                yield self._row(file, f"{stem}/", number, sample)
 
     def _row(self, file: str, prefix: str, number: int | None, sample: Sample) -> Row:
         key = prefix + sample.key
@@ -385,6 +406,6 @@ class TarSource:
                 names = source.schema_arrow.names
                 caption = column(names, self.caption_field, CAPTION_NAMES, "caption_column", name)
                 table = source.read([column(names, None, KEY_NAMES, "key", name), caption])
-        except (FileNotFoundError, UserError, pa.ArrowException):
-            return {}
+        except (FileNotFoundError, PermissionError, UserError, pa.ArrowException):
+            return {}  # refused: a key may be of the tar alone, and the tar's own next bytes tell if it has expired
         return {str(key): texts(value) for key, value in zip(*(column.to_pylist() for column in table.columns), strict=True)}
