@@ -2,7 +2,8 @@
 
 The file is created exclusively, on a disk and in S3, so of two drivers that start together one is refused. Other object
 stores can only be asked whether it is there. What a killed driver left behind on this host is recognised and taken over, by
-one of those that find it: the slower one would otherwise delete the faster one's own.
+one of those that find it: the slower one would otherwise delete the faster one's own. A process id alone would not tell: in a
+container that starts again, and after a reboot, another process has it, perhaps the one that asks.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from msclip.errors import UserError
 from msclip.storage import Folder
@@ -25,7 +27,7 @@ def claimed(run: Folder) -> Iterator[None]:
     Raises:
         UserError: another driver holds it, or the folder cannot be written to.
     """
-    owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+    owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started(os.getpid())})
     try:
         if (found := _read(run)) is not None:
             if not _abandoned(found):
@@ -42,6 +44,19 @@ def claimed(run: Folder) -> Iterator[None]:
         yield
     finally:
         run.delete(CLAIM)
+
+
+def started(pid: int) -> str | None:
+    """When a process of this host started: which boot of its machine, and how many ticks after. No two of one id share it.
+
+    None where that is not to be seen: without /proc, as on macOS, or there is no such process.
+    """
+    try:
+        # The second field is the program's name in brackets, and may hold any.
+        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {ticks}"
+    except (OSError, IndexError):
+        return None
 
 
 def _read(run: Folder) -> str | None:
@@ -74,6 +89,9 @@ def _abandoned(owner: str) -> bool:
         told = json.loads(owner)
         if told["host"] != socket.gethostname():
             return False
+        now = started(int(told["pid"]))
+        if now and told.get("started"):
+            return bool(now != told["started"])
         os.kill(told["pid"], 0)  # signal 0 only asks whether the process is there
     except ProcessLookupError:
         return True

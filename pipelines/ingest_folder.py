@@ -22,6 +22,7 @@ from pyarrow import fs
 from msclip.data.shards import MANIFEST, Manifest, is_data_set, newest, read_manifest, version_file, versions
 from msclip.errors import TrainingError, UserError
 from msclip.storage import Folder
+from pipelines.claim import started
 
 INGESTING = "INGESTING-"
 SHARDS = "shards"
@@ -49,8 +50,8 @@ def ingesting(output: Folder) -> Iterator[str]:
     stop = threading.Event()
 
     def say_alive() -> None:
-        told = {"host": socket.gethostname(), "pid": os.getpid(), "pids": _pid_space(), "time": time.time()}
-        output.write_text(f"{INGESTING}{own}", json.dumps(told) + "\n")
+        told = {"host": socket.gethostname(), "pid": os.getpid(), "started": started(os.getpid()), "pids": _pid_space()}
+        output.write_text(f"{INGESTING}{own}", json.dumps(told | {"time": time.time()}) + "\n")
 
     def refresh() -> None:
         while not stop.wait(_REFRESH_SECONDS):
@@ -77,8 +78,10 @@ def ingesting(output: Folder) -> Iterator[str]:
 def _is_dead(output: Folder, name: str) -> bool:
     try:
         told = json.loads(output.read_text(name))
-        if told.get("pids") == _pid_space() and told["pid"] != os.getpid():
+        if told.get("pids") == _pid_space():
             os.kill(told["pid"], 0)  # signal 0 only asks whether the process is there
+            if told.get("started") and started(told["pid"]) != told["started"]:
+                return True  # a later process of that id: containers give everybody the same, and their numbers come again
         return bool(time.time() - told["time"] > _DEAD_SECONDS)
     except (ProcessLookupError, ValueError, KeyError, TypeError):
         return True
