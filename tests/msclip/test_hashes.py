@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFilter
 
-from msclip.data.hashes import content_hash, leaders, perceptual_hash
+from msclip.data.hashes import _near_pairs, content_hash, leaders, perceptual_hash
 from msclip.data.images import open_image
 
 
@@ -34,7 +34,7 @@ def crowded(draw: st.DrawFn) -> list[int]:
     return [centre ^ sum(1 << bit for bit in set(bits)) for centre, bits in flips]
 
 
-@given(crowded(), st.integers(0, 12), st.integers(0, 6))
+@given(crowded(), st.integers(0, 16), st.integers(0, 6))
 @settings(deadline=None, max_examples=300)
 def test_the_index_finds_what_comparing_all_with_all_finds(hashes: list[int], distance: int, fixed: int) -> None:
     found = leaders(np.array(hashes, np.uint64), distance, min(fixed, len(hashes)))
@@ -43,6 +43,20 @@ def test_the_index_finds_what_comparing_all_with_all_finds(hashes: list[int], di
 
 def test_a_chain_of_near_rows_does_not_go_as_a_whole() -> None:
     assert leaders(np.array([0b0, 0b11, 0b1111], np.uint64), 2).tolist() == [-1, 0, -1]
+
+
+@pytest.mark.parametrize("distance", [9, 10, 16])  # by bands, and each with each
+def test_of_many_hashes_all_near_pairs_are_found(distance: int) -> None:
+    rng = np.random.default_rng(distance)
+    hashes = np.unique(rng.integers(0, 2**64, 1000, dtype=np.uint64))
+    flipped = [sum(1 << int(bit) for bit in rng.permutation(64)[:bits]) for bits in rng.integers(1, 20, 200)]
+    hashes = np.unique(np.concatenate([hashes, hashes[:200] ^ np.array(flipped, np.uint64)]))
+    near = np.triu(np.bitwise_count(hashes[:, None] ^ hashes[None]) <= distance, 1)
+    found = np.zeros_like(near)
+    one, other = _near_pairs(hashes, distance)
+    assert len(one) == near.sum() > 50
+    found[np.minimum(one, other), np.maximum(one, other)] = True
+    assert np.array_equal(found, near)
 
 
 def test_many_hashes_take_no_quadratic_time() -> None:
