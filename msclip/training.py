@@ -46,7 +46,8 @@ class TrainingConfig:
     """Arithmetic of the encoders; parameters, loss and optimiser are always float32."""
     zero_stage: Literal[0, 1, 2, 3] | None = 1
     """What DeepSpeed ZeRO spreads over the workers: 0 nothing, 1 optimiser, 2 gradients too, 3 parameters too; null for
-    plain PyTorch, which also serves a single worker."""
+    plain PyTorch, which also serves a single worker. On the GPUs of one machine 0 is the fastest; between machines 1 sends
+    gradients during the backward pass."""
     compiled: bool | None = None
     """Whether torch.compile makes the model faster, for about a minute's wait at the start. Null: yes on GPUs from Ampere on
     where there is a C compiler with Python's header files."""
