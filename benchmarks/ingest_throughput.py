@@ -5,8 +5,9 @@
 Pictures of 500 x 375 pixels, each of its own (coarse noise under fine noise, about as many bytes as a photo of that size), go
 through the command as a user starts it, with its defaults: each is decoded in full, hashed, shuffled and written. Starting
 Python and Ray takes seconds whatever the input, so each case runs with a few rows too, and `rows_per_second` is of the rows and
-the time that the whole has beyond those. `pillow` is a bare loop that only decodes the same files, a process a core: the limit.
-`near_search` is the driver's search among hashes alone, a fifth of which are near to another.
+the time that the whole has beyond those; it is null where other work on the machine took longer than that. `pillow` is a bare
+loop that only decodes the same files, a process a core: the limit. `near_search` is the driver's search among hashes
+alone, a fifth of which are near to another.
 """
 
 import argparse
@@ -106,6 +107,11 @@ def near_search(distance: int) -> float:
     return seconds
 
 
+def rate(rows: int, few: float, whole: float) -> int | None:
+    """Rows a second beyond the few, from the seconds of both."""
+    return round((rows - FEW) / (whole - few)) if whole > few else None
+
+
 def measure(rows: int, rounds: int, cores: int) -> dict[str, Any]:
     """All cases, the best of some rounds each."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -125,7 +131,7 @@ def measure(rows: int, rounds: int, cores: int) -> dict[str, Any]:
         "pillow_images_per_second": round(max(pillow)),
         "cases": {
             case: {
-                "rows_per_second": round((rows - FEW) / (min(t for _, t in times) - min(t for t, _ in times))),
+                "rows_per_second": rate(rows, min(t for t, _ in times), min(t for _, t in times)),
                 "seconds": round(min(t for _, t in times), 1),
                 "seconds_of_few_rows": round(min(t for t, _ in times), 1),
             }
