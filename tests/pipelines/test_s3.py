@@ -146,7 +146,7 @@ def test_on_s3_ingest_and_training_are_what_a_disk_gives(folder: Path, local: Fo
 def test_on_a_bad_day_and_killed_and_resumed_all_is_still_the_same_and_the_report_says_what_happened(
     folder: Path, local: Folder, s3_port: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    faults = Faults(slow_down=0.1, cut=0.03, lost=0.02, stall=0.01, stall_seconds=1.0)
+    faults = Faults(slow_down=0.1, cut=0.03, lost=0.02, stall=0.01, stall_seconds=2.0)
     direct, killed = Folder(at_port("s3://bucket/bad", s3_port)), list[int]()
     killer = threading.Thread(target=kill_the_worker_after_a_checkpoint, args=(direct, killed))
     with FaultyProxy(s3_port, faults) as proxy:
