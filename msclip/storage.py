@@ -168,10 +168,10 @@ class Folder:
         return f"Folder({self.url!r})"
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Folder) and self.url == other.url
+        return isinstance(other, Folder) and self.full_url == other.full_url
 
     def __hash__(self) -> int:
-        return hash(self.url)
+        return hash(self.full_url)
 
     def __reduce__(self) -> tuple[type["Folder"], tuple[str]]:
         return Folder, (self.full_url,)

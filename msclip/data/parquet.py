@@ -169,7 +169,7 @@ def read_row_group(
         UserError: the file is gone or damaged, with its name.
         OSError: the storage failed; another attempt may succeed.
     """
-    key = (folder.url, file, index, *columns)
+    key = (folder, file, index, *columns)  # by what follows a question mark too, which may say which file
     table = _cache.get(key)
     if table is None:
         try:

@@ -38,6 +38,14 @@ def test_a_signed_file_is_read_and_its_signature_shows_nowhere(site: WebServer) 
         assert "5eCr3t" not in shown
 
 
+def test_files_that_only_the_query_tells_apart_stay_apart(tmp_path: Path) -> None:
+    with WebServer(tmp_path, "id=1") as site:
+        for site.key in ("id=1", "id=2"):
+            pq.write_table(pa.table({"image": [b"x"], "captions": [[site.key]]}), tmp_path / "download")
+            for _ in range(2):  # the second time out of memory
+                assert Manifest.load(site.of("download")).read(0, keep=True)["captions"].to_pylist() == [[site.key]]
+
+
 def test_a_missing_and_a_forbidden_file_are_told_apart_and_named_without_the_key(site: WebServer) -> None:
     with pytest.raises(UserError, match=r"the data '.*/my%20data/c.parquet' do not exist") as missing:
         Manifest.load(site.of("my%20data/c.parquet"))
