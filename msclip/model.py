@@ -160,9 +160,11 @@ class Model(nn.Module):
     def units(self) -> list[nn.Module]:
         """Modules each of which needs all of its parameters at once: stage 3 of ZeRO gathers them together.
 
-        Not those that see pixels: DeepSpeed learns from the gradient of a unit's input that it is done with.
+        Not those that see pixels: DeepSpeed learns from the gradient of a unit's input that it is done with. Nor layers that
+        run once for each modality: it would take the gradients of all of a unit's parameters each time.
         """
-        return [module for module in self.modules() if isinstance(module, Block | StemStage | Bottleneck)]
+        once = (block for block in self.blocks if isinstance(block, Block) and (self.joint or len(block.modalities) == 1))
+        return [*once, *(module for module in self.modules() if isinstance(module, StemStage | Bottleneck))]
 
     def compile_parts(self, save_memory: bool = False, by_unit: bool = False) -> None:
         """Compiles what takes the time of a pass over images, part by part: the input, the branch, and a layer of each kind.

@@ -129,6 +129,11 @@ def test_a_compiled_model_whose_parameters_come_and_go_trains_the_same(
         assert 2 <= frames <= 3
 
 
+def test_stage_3_trains_layers_that_run_once_for_each_modality(two_ranks: list[dict[Any, Any]]) -> None:
+    for observed in two_ranks:
+        torch.testing.assert_close(curve(observed["apart", 3]), curve(observed["apart", None]), rtol=0, atol=1e-5)
+
+
 def test_stage_3_gathers_every_parameter_once_for_both_modalities(two_ranks: list[dict[Any, Any]]) -> None:
     for observed in two_ranks:
         sent, numbers = observed["gathering"]

@@ -18,7 +18,7 @@ from msclip.distributed import all_gather_objects, first_ranks_object, gather_wi
 from msclip.engine import Engine, MicroBatch, create_engine, read_metrics
 from msclip.loss import contrastive_loss
 from msclip.optim import OptimConfig
-from msclip.sharing import Paired, Sharing
+from msclip.sharing import SEPARATE, Paired, Sharing
 from msclip.tokens import pack
 
 ROWS = 8
@@ -234,6 +234,9 @@ def main(rank: int, folder: Path) -> None:
         metrics = train(engine, 2, rank, 2)
         own = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
         observed["batch_norm", stage] = metrics, own, engine.full_state()[0], engine.averaged_state()
+    apart: dict[str, Any] = {"text_width": 96, "text_heads": 4, "sharing": SEPARATE}
+    for stage in (None, 3):
+        observed["apart", stage] = train(tiny_engine(tiny_model(**apart), stage, 2), 2, rank, 2)
     torch.save(observed, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
