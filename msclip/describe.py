@@ -133,11 +133,11 @@ def _kept_bytes(model: Model, images: Tensor, text: PackedText) -> Counter[int]:
         kept.setdefault(storage._cdata, (inside, storage))
         return tensor
 
-    def enter(_: nn.Module, inputs: tuple[Tokens]) -> None:
+    def enter(_: nn.Module, inputs: tuple[Tensor, Tokens]) -> None:
         nonlocal calls, inside
         inside = 0
-        if inputs[0].rows.requires_grad:
-            keep(inputs[0].rows)
+        if inputs[0].requires_grad:
+            keep(inputs[0])
         inside = calls = calls + 1
 
     def leave(*_: object) -> None:

@@ -44,7 +44,7 @@ def add_norm(
 
     On a GPU by one kernel, which gives the LayerNorm in the type that autocast has for the matrix product after it.
     """
-    if not kernels.usable(rows.device) or rows.shape[1] > kernels.WIDEST:
+    if not kernels.usable(rows.device) or rows.shape[1] > kernels.WIDEST or rows.dtype == torch.float64 or not len(rows):
         return plain_add_norm(rows, delta, norm, split)
     from msclip.kernels import norm as kernel  # Triton comes with PyTorch for GPUs alone
 

@@ -19,7 +19,7 @@ from msclip.blocks import Block
 from msclip.branch import Bottleneck, ParallelBranch
 from msclip.config import ModelConfig
 from msclip.freezing import freeze
-from msclip.layers import plain_add_norm
+from msclip.layers import add_norm, plain_add_norm
 from msclip.parallel import AttentionBeside, FFNBeside, beside
 from msclip.presets import preset
 from msclip.sharing import Paired
@@ -105,12 +105,8 @@ def _unsized(tokens: Tokens) -> Tokens:
     return tokens
 
 
-def _compile_forward(unit: nn.Module, compiled: Callable[..., Any]) -> None:
-    """`compiled` is the forward of the unit's class: compiled once for all units of a kind."""
-    if isinstance(unit, Block):
-        unit.forward = lambda rows, tokens: compiled(unit, rows, _unsized(tokens.with_rows(rows)))  # type: ignore[method-assign]
-    else:
-        unit.forward = partial(compiled, unit)
+def _unsized_block(forward: Callable[[Tensor, Tokens], Tensor], rows: Tensor, tokens: Tokens) -> Tensor:
+    return forward(rows, _unsized(tokens.with_rows(rows)))
 
 
 PLAIN = Parts(_enter, _fuse, _layer)
@@ -185,14 +181,16 @@ class Model(nn.Module):
             # PyTorch recomputes what its kernels can do in passing; these three keep it from what a matrix product reads.
             config.ban_recompute_materialized_backward = False
             config.ban_recompute_used_far_apart = config.ban_recompute_long_fusible_chains = False
-            for block in self.blocks:  # nor can it do a kernel's work again
-                assert isinstance(block, Block)
-                block.add_norm = plain_add_norm
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.add_norm = plain_add_norm if save_memory else add_norm  # a kernel's work it cannot do again
         if by_unit:
             units = self.units()
             compiled = {kind: torch.compile(kind.forward) for kind in {type(unit) for unit in units}}
             for unit in units:
-                _compile_forward(unit, compiled[type(unit)])
+                # Partial, not a closure: a copy of the model then computes with weights of its own.
+                forward = partial(compiled[type(unit)], unit)
+                unit.forward = partial(_unsized_block, forward) if isinstance(unit, Block) else forward
             return
         fuse, layer = torch.compile(_fuse), torch.compile(_layer)
         self._parts = Parts(

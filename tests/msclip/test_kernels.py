@@ -3,6 +3,7 @@
 Where PyTorch is a CPU build, as in CI, there is no Triton unless it is installed beside it.
 """
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -221,6 +222,24 @@ def test_the_compiled_parts_compute_the_same_and_are_compiled_once(counter: Any)
     # The input, a layer of both kinds of tokens, a layer of text. Plain attention looks at the longest caption, once more each.
     assert frames[0] == 3
     assert frames[1] == frames[3] <= 5
+
+
+def test_a_copy_of_a_model_compiled_by_units_has_weights_of_its_own(counter: Any) -> None:
+    torch.manual_seed(0)
+    model = msclip.create_model(
+        "ms_clip_s_tiny", image_size=32, layers=2, text_layers=2, stem=False, branch_layers=(), sharing={"layers": "all"}
+    )
+    model.compile_parts(by_unit=True)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.01)
+    plain = msclip.build(model.config)
+    plain.load_state_dict(other.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(other.encode_image(images), plain.encode_image(images), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model.encode_image(images), other.encode_image(images), atol=1e-3)
+    assert counter.frame_count
 
 
 @pytest.fixture
