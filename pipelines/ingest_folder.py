@@ -9,20 +9,17 @@ import json
 import os
 import re
 import secrets
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
-from pathlib import Path
 
 from pyarrow import fs
 
 from msclip.data.shards import MANIFEST, Manifest, is_data_set, newest, read_manifest, version_file, versions
 from msclip.errors import TrainingError, UserError
 from msclip.storage import Folder
-from pipelines.claim import started
+from pipelines.claim import DEAD_SECONDS, owner, pid_space, repeated, started
 
 INGESTING = "INGESTING-"
 SHARDS = "shards"
@@ -31,7 +28,6 @@ QUARANTINE = "quarantine.jsonl"
 _ID = r"\d{8}-\d{6}-[0-9a-f]{6}"
 _QUARANTINE = re.compile(rf"quarantine-({_ID})\.jsonl")
 _OLD_SHARD = re.compile(r"\d{5,}\.parquet")  # of manifests from before there were versions
-_REFRESH_SECONDS, _DEAD_SECONDS = 60, 3600
 
 
 @contextmanager
@@ -47,30 +43,20 @@ def ingesting(output: Folder) -> Iterator[str]:
         if _is_dead(output, name):
             _discard(output, name.removeprefix(INGESTING))
     own = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
-    stop = threading.Event()
 
     def say_alive() -> None:
-        told = {"host": socket.gethostname(), "pid": os.getpid(), "started": started(os.getpid()), "pids": _pid_space()}
-        output.write_text(f"{INGESTING}{own}", json.dumps(told | {"time": time.time()}) + "\n")
-
-    def refresh() -> None:
-        while not stop.wait(_REFRESH_SECONDS):
-            with suppress(OSError):  # the storage may be slow to answer; the next word will do
-                say_alive()
+        output.write_text(f"{INGESTING}{own}", owner() + "\n")
 
     try:
         say_alive()
     except OSError as error:
         raise UserError(f"output cannot be written to: {output.url}: {error.strerror or error}") from None
-    thread = threading.Thread(target=refresh, daemon=True)
-    thread.start()
     failed = True
     try:
-        yield own
+        with repeated(say_alive):
+            yield own
         failed = False
     finally:
-        stop.set()
-        thread.join()
         with suppress(OSError) if failed else nullcontext():  # perhaps why it failed; then the next ingest clears up
             _discard(output, own)
 
@@ -78,26 +64,15 @@ def ingesting(output: Folder) -> Iterator[str]:
 def _is_dead(output: Folder, name: str) -> bool:
     try:
         told = json.loads(output.read_text(name))
-        if told.get("pids") == _pid_space():
+        if told.get("pids") == pid_space():
             os.kill(told["pid"], 0)  # signal 0 only asks whether the process is there
             if told.get("started") and started(told["pid"]) != told["started"]:
                 return True  # a later process of that id: containers give everybody the same, and their numbers come again
-        return bool(time.time() - told["time"] > _DEAD_SECONDS)
+        return bool(time.time() - told["time"] > DEAD_SECONDS)
     except (ProcessLookupError, ValueError, KeyError, TypeError):
         return True
     except OSError:
         return False  # gone meanwhile, or another user's
-
-
-def _pid_space() -> str:
-    """Names where a process id means the same process: this container, since its machine was started.
-
-    A host's name does not: containers and freshly installed machines share theirs.
-    """
-    try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # sandboxes may hide these
-        return socket.gethostname()
 
 
 def _discard(output: Folder, ingest: str) -> None:

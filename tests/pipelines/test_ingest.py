@@ -24,7 +24,7 @@ from msclip.data.sources import TarSource
 from msclip.errors import UserError
 from msclip.eval.rows import open_rows
 from msclip.storage import Folder
-from pipelines import cli, contact_sheet, ingest, ingest_folder
+from pipelines import claim, cli, contact_sheet, ingest
 from pipelines.ingest_tasks import Waiting, Work
 
 
@@ -491,7 +491,7 @@ def test_what_a_killed_ingest_left_goes_and_what_another_writes_stays(
 ) -> None:
     output = tmp_path / "out"
     for name, owner in (
-        (DEAD, {"host": "here", "pid": 2**22 + 1, "pids": ingest_folder._pid_space(), "time": time.time()}),
+        (DEAD, {"host": "here", "pid": 2**22 + 1, "pids": claim.pid_space(), "time": time.time()}),
         # A container that has this one's name, and the process ids of its own.
         (ALIVE, {"host": socket.gethostname(), "pid": 2**22 + 1, "pids": "of its own", "time": time.time() - 60}),
     ):
