@@ -10,6 +10,7 @@ published meanwhile, this one decides again with the other's rows in view, and c
 """
 
 import contextlib
+import hashlib
 import itertools
 import platform
 import sys
@@ -175,11 +176,21 @@ def run(job: IngestJob) -> Manifest:
 def _check_new(job: IngestJob, present: Manifest | None) -> None:
     """Raises `UserError` for an input that would be in the data set twice."""
     for ingest in present.ingests if present else ():
-        if ingest["input"] == Folder(job.input).url and job.deduplicate == "none":
+        known = {name: ingest[name] for name in ("input", "address_sha256") if name in ingest}
+        if known == _address(job.input) and job.deduplicate == "none":
             raise UserError(
                 f"input {job.input!r} is in {job.output!r} already, since version {ingest['version']} of {ingest['created']}, "
                 "and its rows would be there twice; --deduplicate exact adds only new ones, --overwrite true starts over"
             )
+
+
+def _address(spec: str) -> dict[str, str]:
+    """How a manifest names an input: where its query may be a key, by a digest of the whole address, which tells none."""
+    folder = Folder(spec)
+    whole = folder.full_url
+    return {"input": folder.url} | (
+        {"address_sha256": hashlib.sha256(whole.encode()).hexdigest()[:16]} if whole != folder.url else {}
+    )
 
 
 def _evaluation_groups(spec: str) -> list[Known]:
@@ -283,7 +294,7 @@ class _Ingest:
             "version": number,
             "id": self.id,
             "created": created,
-            "input": Folder(self.job.input).url,
+            **_address(self.job.input),
             "source": self.source.name,
             "read": read,
             "kept": kept,

@@ -51,13 +51,33 @@ def test_an_ingest_writes_no_key(
     (provenance,) = Manifest.load(str(output)).ingests
     assert provenance["input"] == provenance["settings"]["input"] == f"{site.url}/pairs.tar"
     assert provenance["settings"]["decontaminate"] == [f"{site.url}/evaluation.parquet"]
-    # The same file with another key is the same input.
     status, again, refused = run(capsys, "--input", f"{site.url}/pairs.tar?{KEY}", "--output", output)
     assert status == 2
     assert "is in" in refused
     for text in (written(output), printed, again, refused):
         assert "5eCr3t" not in text
         assert "t0ken" not in text
+
+
+def test_of_one_path_each_query_is_an_input_of_its_own(
+    ray_session: None, site: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    for rows, site.key in ((3, "id=1"), (5, "id=2")):
+        write_parquet(tmp_path / "site" / "download.parquet", [(jpeg(rows * 10 + i), f"{rows}") for i in range(rows)])
+        options = ("--input", site.of("download.parquet"), "--output", output)
+        assert run(capsys, *options)[0] == 0
+        status, _, refused = run(capsys, *options)
+        assert status == 2
+        assert "download.parquet' is in" in refused
+    site.key = ""
+    assert run(capsys, "--input", f"{site.url}/download.parquet", "--output", output)[0] == 0
+    manifest = Manifest.load(str(output))
+    assert [(each["input"], each["kept"]) for each in manifest.ingests] == [
+        (f"{site.url}/download.parquet", rows) for rows in (3, 5, 5)
+    ]
+    assert len({each.get("address_sha256") for each in manifest.ingests}) == 3
+    assert "?id=" not in written(output)
 
 
 def test_a_training_is_configured_without_the_key_and_reads_with_it(site: WebServer) -> None:
