@@ -2,7 +2,17 @@
 
 import re
 
-_WEB_QUERY = re.compile(r"""(https?://[^?'"\n]*)\?\S*?(?=['"]?[.:;,)\]}]*(?:\s|$))""")
+# A last net, which rather hides too much than tells a key: messages should print `Folder.url`, which has no query.
+_PROSE_OR_GLOB = r"""(?:[\s.:;,!?)\]}'"]* | [?*]*\.(?-i:[a-z]{1,7})['"]?[.:;,)\]}]*) (?:\s|$)"""
+_WEB_QUERY = re.compile(
+    rf"""(https?:// (?:[^?\n] | \?(?={_PROSE_OR_GLOB}))*)
+    \? (?:
+        (?:(?!\s\S*://[^\s?]*\?).)* [&;?][^\s=&;?]+=\S*?  # over spaces to the last parameter, or up to another such address
+        | (?!{_PROSE_OR_GLOB}) \S+?
+    )
+    (?=['"]?[.:;,)\]}}]* (?:\s|$))""",
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 def without_queries(text: str) -> str:

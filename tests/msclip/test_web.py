@@ -79,6 +79,19 @@ def test_a_key_that_would_be_written_down_is_refused_without_repeating_it(url: s
         ("https://h/a?x=1, https://h/b?x=2).", "https://h/a, https://h/b)."),
         ("why? s3://b/a?region=x", "why? s3://b/a?region=x"),
         ("https://h/a", "https://h/a"),
+        ("the data 'https://h/?q=a b&token=5eCr3t' are", "the data 'https://h/' are"),
+        ("https://h/? q=a b;token=5eCr3t.", "https://h/."),
+        ("https://h/a?x=1 2&y=3, https://h/b?x=1 2&y=3 are", "https://h/a, https://h/b are"),
+        ("https://h/a?x=https://k/ b&token=5eCr3t", "https://h/a"),
+        ("https://h/a?x=1 https://g/b c&token=5eCr3t", "https://h/a"),
+        ("https://h/a?b c?token=5eCr3t", "https://h/a"),
+        ("HTTPS://h/it's?token=5eCr3t", "HTTPS://h/it's"),
+        ("did you mean https://h/b? yes", "did you mean https://h/b? yes"),
+        ("(did you mean 'https://h/b?'?)", "(did you mean 'https://h/b?'?)"),
+        ("is it https://h/b? or https://h/c?token=5eCr3t", "is it https://h/b? or https://h/c"),
+        ("no file matches 'https://h/0000?.parquet'", "no file matches 'https://h/0000?.parquet'"),
+        ("https://h/00??.parquet, which", "https://h/00??.parquet, which"),
+        ("https://h/00??.parquet?token=5eCr3t", "https://h/00"),  # too much
     ],
 )
 def test_of_web_addresses_in_messages_the_query_is_left_out(text: str, shown: str) -> None:
