@@ -26,7 +26,10 @@ from msclip.errors import UserError
 
 _TEMPORARY = ".tmp-"
 _COPY_BYTES = 8 * 2**20
-_SECRET = re.compile("secret|token|password|sig|key", re.IGNORECASE)
+_SECRET = re.compile(  # as a word of a parameter's name: api_key, accessKey, X-Amz-Signature, but not monkey
+    r"(?<![a-z])(?:[a-z]*(?:secret|token|password|passphrase|passwd|credential)|signature|sig|sas|pass|pwd|auth"
+    r"|(?:api|access|account|auth|aws|client|private|secret|session|shared|storage)?key)s?(?![a-z])"
+)
 _WEB = ("http://", "https://")
 _PYARROW = {f"{scheme}://" for scheme in ("gs", "gcs", "abfs", "abfss", "hdfs", "viewfs", "local", "mock")}
 
@@ -34,10 +37,10 @@ _PYARROW = {f"{scheme}://" for scheme in ("gs", "gcs", "abfs", "abfss", "hdfs", 
 def _remote(url: str) -> tuple[str, str, str] | None:
     """(scheme and host part, path part, query part) of a URL; None for a local path."""
     scheme, separator, rest = url.partition("://")
-    if not separator or scheme == "file" or "/" in scheme:
+    if not separator or scheme.lower() == "file" or "/" in scheme:
         return None
     rest, mark, query = rest.partition("?")
-    return scheme + "://", rest.rstrip("/"), mark + query
+    return scheme.lower() + "://", rest.rstrip("/"), mark + query
 
 
 def _fsspec(url: str) -> tuple[fs.FileSystem, str]:
@@ -71,14 +74,14 @@ class Folder:
         self.local: Path | None = None
         self._filesystem: fs.FileSystem | None = None
         if remote is None:
-            path = unquote(text.removeprefix("file://")) if text.startswith("file://") else os.path.expanduser(text)
+            path = unquote(text[7:]) if text[:7].lower() == "file://" else os.path.expanduser(text)
             self.local = Path(os.path.abspath(path))
             self.url = str(self.local)
         else:
             self._scheme, self._rest, self._query = remote
-            if self._has_password():
+            if secret := self._secret():
                 raise UserError(
-                    f"a {self._scheme} URL must not hold a password, since URLs are written into configs, logs and exports; "
+                    f"a {self._scheme} URL must not hold {secret}, since URLs are written into configs, logs and exports; "
                     "leave it to the environment (for S3: AWS_PROFILE, AWS_ACCESS_KEY_ID or the machine's role)"
                 )
             self.url = self._public_url()
@@ -90,11 +93,17 @@ class Folder:
     def _on_web(self) -> bool:
         return self._scheme in _WEB
 
-    def _has_password(self) -> bool:
-        """Whether the URL holds what must not be written down, and would be."""
-        settings = [] if self._on_web or self._scheme == "s3://" else self._query.removeprefix("?").split("&")
+    def _secret(self) -> str | None:
+        """Which part of the URL must not be written down, and would be."""
         user = "[^/@]*@" if self._on_web else "[^/@]*:[^/]*@"  # on the web a token may stand alone there
-        return bool(re.match(user, self._rest)) or any(_SECRET.search(each.partition("=")[0]) for each in settings)
+        if re.match(user, self._rest):
+            return "a password"
+        settings = [] if self._on_web or self._scheme == "s3://" else self._query.removeprefix("?").split("&")
+        for name, has_value, _ in (each.partition("=") for each in settings):
+            words = re.sub("(?<=[a-z])(?=[A-Z])", "_", unquote(name)).lower()
+            if _SECRET.search(words):
+                return f"the parameter {name!r}, which looks like a password" if has_value else "a password"
+        return None
 
     def _public_url(self) -> str:
         return self._scheme + self._rest + ("" if self._on_web else self._query)

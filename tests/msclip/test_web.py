@@ -1,6 +1,7 @@
 """Data on the web: what follows the question mark of an address goes to the server, and is written down nowhere."""
 
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,30 @@ def test_a_key_that_would_be_written_down_is_refused_without_repeating_it(url: s
     with pytest.raises(UserError) as refused:
         Folder(url)
     assert "5eCr3t" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["passphrase", "sftp_passwd", "pass%77ord", "X-Amz-Signature", "SAS", "accessToken2", "api_key", "apikey", "secretKeys"],
+)
+def test_a_parameter_that_looks_like_a_password_is_named(name: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"the parameter '{name}', which looks like a password")) as refused:
+        Folder(f"sftp://u@h/x?port=22&{name}=5eCr3t")
+    assert "5eCr3t" not in str(refused.value)
+    with pytest.raises(UserError, match="must not hold a password") as refused:
+        Folder("sftp://u@h/x?5eCr3t-key")
+    assert "5eCr3t" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["monkey", "design", "compass", "keyboard", "tokenizer", "bypass", "author", "passage"])
+def test_a_parameter_that_only_has_such_letters_is_none(name: str) -> None:
+    assert Folder(f"memory://x/y?{name}=1").url == f"memory://x/y?{name}=1"
+
+
+def test_the_letters_of_a_scheme_have_no_case(tmp_path: Path) -> None:
+    signed = Folder("HTTP://localhost/a.parquet?token=5eCr3t")
+    assert (signed.url, signed.full_url) == ("http://localhost/a.parquet", "http://localhost/a.parquet?token=5eCr3t")
+    assert Folder(f"FILE://{tmp_path}/a%20b").local == tmp_path / "a b"
 
 
 @pytest.mark.parametrize(
