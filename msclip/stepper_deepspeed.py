@@ -123,9 +123,7 @@ class Zero0Stepper(_DeepSpeedPasses, WholeParameters):
 
     def apply(self) -> tuple[Tensor, bool | Tensor]:
         """DeepSpeed would apply any gradient, so it is asked only when that is finite, or where the optimiser sees to it."""
-        norm, applied = self._clip_and_step(self._engine.step)
-        self._optimizer.zero_grad(set_to_none=True)
-        return norm, applied
+        return self._clip_and_step(self._engine.step)
 
 
 class ZeroStepper(_DeepSpeedPasses):

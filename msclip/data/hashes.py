@@ -75,7 +75,7 @@ def _near_pairs(
 def _all_pairs(
     hashes: UInt64[np.ndarray, " distinct"], distance: int
 ) -> tuple[Int64[np.ndarray, " pairs"], Int64[np.ndarray, " pairs"]]:
-    """By comparing each with each, 1.5 ns a pair: a few at a time with all that come after."""
+    """By comparing each with each, about a nanosecond a pair: a few at a time with all that come after."""
     one, other = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     start = 0
     while left := len(hashes) - start:
