@@ -28,6 +28,9 @@ from msclip.tokens import PackedText
 
 Precision = Literal["fp32", "bf16"]
 
+MAX_LIVE = "stage3_max_live_parameters"
+"""DeepSpeed's bound on the parameters that a rank holds whole under stage 3."""
+
 
 class MicroBatch(NamedTuple):
     """Pairs that go through the model together; image i belongs to caption i."""
@@ -289,8 +292,9 @@ def create_engine(
     `mean` and `std` normalise pixels scaled to 0..1. `micro_batch_size` is pairs a forward pass on one rank.
     `seed`, with step and rank, decides dropout. `zero_options` are further entries of DeepSpeed's `zero_optimization`.
     `compiled` compiles the model's parts for the GPU, with `save_memory` as told by `Model.compile_parts`.
-    The model has `parameter_groups()` and, if stage 3 is to gather parts of it whole, `units()`; it takes (images, text) to
-    (image features, text features, temperature and bias if it has one).
+    The model has `parameter_groups()` and takes (images, text) to (image features, text features, temperature and bias if it
+    has one). Stage 3 gathers the parameters of all of it at once if they are no more than DeepSpeed's
+    `stage3_max_live_parameters` (1e9), of a larger one unit by unit, if it has `units()`.
     """
     if precision not in ("fp32", "bf16"):
         raise UserError(f"precision must be fp32 or bf16, got {precision}")
@@ -302,8 +306,12 @@ def create_engine(
             "training.save_memory true. For any model there is model.checkpoint_blocks"
         )
     device = torch.device(device)
+    zero_options = dict(zero_options or {})
+    units: list[nn.Module] | None = None  # all of the model is one
+    if zero_stage == 3 and sum(p.numel() for p in model.parameters()) > zero_options.get(MAX_LIVE, 1e9):
+        units = getattr(model, "units", list)()
     if compiled:
-        model.compile_parts(save_memory, by_unit=zero_stage == 3)  # type: ignore[operator]
+        model.compile_parts(save_memory, by_unit=units is not None)  # type: ignore[operator]
     module = PixelModel(model, mean, std, precision, compiled).to(device)
     for tensor in (*model.parameters(), *model.buffers()):
         copy_from_first_rank(tensor.data)
@@ -312,13 +320,12 @@ def create_engine(
     stepper: Stepper
     if zero_stage is None:
         if zero_options:
-            raise UserError(f"zero_options need a zero_stage, got {dict(zero_options)} with zero_stage null")
+            raise UserError(f"zero_options need a zero_stage, got {zero_options} with zero_stage null")
         stepper = PlainStepper(module, optimizer, config.clip_grad_norm)
     else:
         from msclip.stepper_deepspeed import deepspeed_stepper
 
-        units: list[nn.Module] = getattr(model, "units", list)()
-        stepper = deepspeed_stepper(module, optimizer, config, zero_stage, micro_batch_size, zero_options or {}, units)
+        stepper = deepspeed_stepper(module, optimizer, config, zero_stage, micro_batch_size, zero_options, units)
     return Engine(module, stepper, shapes, config, total_steps, device, seed)
 
 

@@ -138,10 +138,8 @@ def parameter_groups(model: Grouped, config: OptimConfig) -> list[dict[str, Any]
 
 
 def build_optimizer(model: Grouped, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW, fused where the parameters are on a CUDA device."""
-    groups = parameter_groups(model, config)
-    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    """AdamW, fused: the variant that can be told on the device to leave everything as it is (see `stepper.py`)."""
+    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_learning_rates(groups: list[dict[str, Any]], step: int, config: OptimConfig, total_steps: int) -> float:
@@ -155,12 +153,11 @@ def reset_moments(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]
     """AdamW's state as after `step` updates, with averages of zero, for tensors the optimiser updates.
 
     AdamW would make the same state lazily at its first update; made now, it can be loaded into, and memory that is too
-    small shows before training starts. `step` is a float32 scalar, on the device where AdamW is fused. With `averaged` the
-    state also holds the average of the weights, which starts from them.
+    small shows before training starts. `step` is a float32 scalar on the device. With `averaged` the state also holds the
+    average of the weights, which starts from them.
     """
-    fused = optimizer.defaults["fused"]
     for parameter in parameters:
-        counter = torch.tensor(float(step), dtype=torch.float32, device=parameter.device if fused else "cpu")
+        counter = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
         optimizer.state[parameter] = {"step": counter} | {key: torch.zeros_like(parameter) for key in MOMENTS}
         if averaged:
             optimizer.state[parameter][AVERAGE] = parameter.detach().clone()

@@ -69,6 +69,17 @@ class Stepper(Protocol):
         ...
 
 
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor, step: Callable[[], object]) -> Tensor:
+    """Runs `step`, which ends in `optimizer.step`, so that a norm that is not finite changes nothing; returns whether it is.
+
+    By what fused AdamW asks for mixed precision: where `found_inf` is 1 it leaves everything as it is. Nobody waits.
+    """
+    finite = norm.isfinite()
+    optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
+    step()
+    return finite
+
+
 class WholeParameters:
     """State access where every rank holds all parameters and all of AdamW's averages."""
 
@@ -84,19 +95,10 @@ class WholeParameters:
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
-    def _clip_and_step(self, step: Callable[[], object]) -> tuple[Tensor, bool | Tensor]:
+    def _clip_and_step(self, step: Callable[[], object]) -> tuple[Tensor, Tensor]:
         """See `Stepper.apply`; `step` is the optimiser's."""
         norm = nn.utils.clip_grad_norm_(self._trained(), self._clip_grad_norm)
-        finite = norm.isfinite()
-        if self._optimizer.defaults["fused"]:
-            # What fused AdamW asks for mixed precision: where this is 1, it leaves everything as it is. Nobody need wait.
-            self._optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
-            step()
-            return norm, finite
-        applied = bool(finite)
-        if applied:
-            step()
-        return norm, applied
+        return norm, step_if_finite(self._optimizer, norm, step)
 
     @torch.no_grad()
     def cap(self, parameter: nn.Parameter, maximum: float) -> None:
@@ -135,11 +137,11 @@ class PlainStepper(WholeParameters):
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def apply(self) -> tuple[Tensor, bool | Tensor]:
+    def apply(self) -> tuple[Tensor, Tensor]:
         self._average_gradients()
-        norm, applied = self._clip_and_step(self._optimizer.step)
+        norm, finite = self._clip_and_step(self._optimizer.step)
         self._optimizer.zero_grad(set_to_none=True)
-        return norm, applied
+        return norm, finite
 
     def _average_gradients(self) -> None:
         if world_size() == 1:

@@ -8,7 +8,7 @@ DeepSpeed's low-precision and master copies hold equal numbers, and a whole para
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from msclip.distributed import rank
 from msclip.ema import average_weights
 from msclip.errors import UserError
 from msclip.optim import OptimConfig, reset_moments
-from msclip.stepper import WholeParameters
+from msclip.stepper import WholeParameters, step_if_finite
 from msclip.tokens import PackedText
 
 
@@ -32,11 +32,12 @@ def deepspeed_stepper(
     zero_stage: int,
     micro_batch_size: int,
     zero_options: Mapping[str, Any],
-    units: Iterable[nn.Module] = (),
-) -> "Zero0Stepper | ZeroStepper":
+    units: Iterable[nn.Module] | None = None,
+) -> "Zero0Stepper | PartitionedStepper | Zero3Stepper":
     """Hands module and optimiser to DeepSpeed; under stage 3 the module's parameters are partitioned from now on.
 
-    Those inside one of `units` are then gathered together, with one hook for all instead of one for each of its modules.
+    Those inside one of `units` are then gathered together, with one hook for all instead of one for each of its modules;
+    without units, all parameters are.
     """
     refused = [name for name in zero_options if name == "stage" or name.startswith("offload")]
     if refused:
@@ -53,21 +54,46 @@ def deepspeed_stepper(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     # DeepSpeed's 5e8 elements are all gradients of the paper's model and more: nothing would be sent before the last is known.
     bucket = min(int(3e7), sum(parameter.numel() for parameter in module.parameters()))
+    zero: dict[str, Any] = {"reduce_bucket_size": bucket, "overlap_comm": True}
+    if zero_stage in (1, 2):
+        # DeepSpeed waits on the host for the norm, and for gradients on their way beside the backward pass: between GPUs of
+        # one host both cost more than they are worth.
+        zero |= {"compute_grad_norm": False, "overlap_comm": _several_hosts()}
+    if zero_stage == 3 and units is None:
+        zero["stage3_param_persistence_threshold"] = 0  # small ones kept whole would be gathered one by one
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps,
-        "gradient_clipping": config.clip_grad_norm or 0.0,  # 0: no limit
-        "zero_optimization": {"reduce_bucket_size": bucket, "overlap_comm": True, **zero_options, "stage": zero_stage},
+        # 0: no limit, or not here: stage 0 would apply a gradient that is not finite, and 1 and 2 need the norm for it
+        "gradient_clipping": (config.clip_grad_norm or 0.0) if zero_stage == 3 else 0.0,
+        "zero_optimization": zero | {**zero_options, "stage": zero_stage},
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a step
     }
-    if zero_stage == 0:
-        settings["gradient_clipping"] = 0.0  # clipped here, because stage 0 would apply a gradient that is not finite
     if zero_stage == 3:
-        for unit in units:
+        module = _Whole(module) if units is None else module
+        for unit in units or ():
             set_z3_leaf_module(unit, True)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-    return Zero0Stepper(engine, optimizer, config.clip_grad_norm) if zero_stage == 0 else ZeroStepper(engine)
+    if zero_stage == 0:
+        return Zero0Stepper(engine, optimizer, config.clip_grad_norm)
+    return Zero3Stepper(engine) if zero_stage == 3 else PartitionedStepper(engine, config.clip_grad_norm)
+
+
+class _Whole(nn.Module):
+    """A module that owns all parameters of another, which it hides: DeepSpeed's hooks find no parts in it.
+
+    So all parameters are gathered at once, gradients leave as they come, and what is inside may be compiled.
+    """
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self._run = [module]  # in a list: not a submodule
+        for number, parameter in enumerate(module.parameters()):
+            self.register_parameter(f"parameter_{number}", parameter)
+
+    def forward(self, pixels: Tensor, text: PackedText) -> tuple[Tensor, Tensor, Tensor]:
+        return self._run[0](pixels, text)
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -76,6 +102,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     try:
         import deepspeed
         import deepspeed.ops
+        import deepspeed.utils.nvtx
         from deepspeed.utils import logger
     except ImportError as error:
         raise UserError(
@@ -87,9 +114,22 @@ def _import_deepspeed(device: torch.device) -> Any:
     # DeepSpeed's own calls to two names that torch 2.13 deprecates.
     deprecated = r".torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor). is deprecated"
     warnings.filterwarnings("ignore", deprecated, FutureWarning)
+    deepspeed.utils.nvtx.enable_nvtx = False  # marks for a profiler, thousands a step
     # A communication kernel that initialize() compiles on CPU machines, for 40 s, and that training does not need.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _several_hosts() -> bool:
+    # LOCAL_WORLD_SIZE: torchrun and Ray Train set it; without them one host is meant.
+    return dist.get_world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+
+
+def _norm(partitions: Iterable[Sequence[Tensor]]) -> Tensor:
+    """The gradient's norm, from each rank's part of it, without waiting for the device."""
+    square = nn.utils.get_total_norm([part for parts in partitions for part in parts]).square()
+    dist.all_reduce(square)
+    return square.sqrt()
 
 
 def _worth_reading(record: logging.LogRecord) -> bool:
@@ -121,47 +161,21 @@ class Zero0Stepper(_DeepSpeedPasses, WholeParameters):
         _DeepSpeedPasses.__init__(self, engine)
         WholeParameters.__init__(self, optimizer, clip_grad_norm)
 
-    def apply(self) -> tuple[Tensor, bool | Tensor]:
-        """DeepSpeed would apply any gradient, so it is asked only when that is finite, or where the optimiser sees to it."""
+    def apply(self) -> tuple[Tensor, Tensor]:
+        """DeepSpeed would apply any gradient, so the optimiser sees to it that it is finite."""
         return self._clip_and_step(self._engine.step)
 
 
-class ZeroStepper(_DeepSpeedPasses):
+class _FlatPartitions(_DeepSpeedPasses):
     """Stages 1 to 3: AdamW updates flat float32 partitions, one a parameter group and rank."""
 
     def __init__(self, engine: Any):
         super().__init__(engine)
         self._zero = engine.optimizer
-        self._sharded = engine.zero_optimization_stage() == 3  # parameters too, not only AdamW's averages
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self._zero.param_groups
-
-    def apply(self) -> tuple[Tensor, bool]:
-        """DeepSpeed itself looks at the norm and discards a gradient that is not finite."""
-        self._engine.step()
-        # A tensor on the device, but the number inf where the gradient was discarded.
-        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._engine.device)
-        return norm, self._engine.was_step_applied()
-
-    @torch.no_grad()
-    def cap(self, parameter: nn.Parameter, maximum: float) -> None:
-        if self._sharded:
-            from deepspeed.utils import safe_get_local_fp32_param
-
-            safe_get_local_fp32_param(parameter).clamp_(max=maximum)
-            _partition(parameter).clamp_(max=maximum)
-        elif (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]  # this rank's part of it
-            mapping.get_hp_fragment().clamp_(max=maximum)
-        parameter.data.clamp_(max=maximum)  # under stage 3 empty unless it is small enough to stay whole
-
-    @contextmanager
-    def whole(self, parameter: nn.Parameter, write: bool) -> Iterator[None]:
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters([parameter], modifier_rank=0 if write else None, enabled=self._sharded):
-            yield
 
     def written(self) -> None:
         self._zero.refresh_fp32_params()
@@ -174,23 +188,81 @@ class ZeroStepper(_DeepSpeedPasses):
 
         return safe_get_full_optimizer_state(parameter, key)
 
+
+class PartitionedStepper(_FlatPartitions):
+    """Stages 1 and 2: every rank has all parameters, and of AdamW's averages (2: of gradients too) its part."""
+
+    def __init__(self, engine: Any, clip_grad_norm: float | None):
+        super().__init__(engine)
+        self._clip_grad_norm = clip_grad_norm
+
+    def apply(self) -> tuple[Tensor, Tensor]:
+        norm = _norm(self._zero.averaged_gradients.values())
+        if self._clip_grad_norm is not None:
+            factor = (self._clip_grad_norm / (norm + 1e-6)).clamp(max=1)
+            for parts in self._zero.averaged_gradients.values():
+                torch._foreach_mul_(parts, factor)
+        return norm, step_if_finite(self._zero.optimizer, norm, self._engine.step)
+
+    @torch.no_grad()
+    def cap(self, parameter: nn.Parameter, maximum: float) -> None:
+        if (mapping := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]  # this rank's part of it
+            mapping.get_hp_fragment().clamp_(max=maximum)
+        parameter.data.clamp_(max=maximum)
+
+    @contextmanager
+    def whole(self, parameter: nn.Parameter, write: bool) -> Iterator[None]:
+        yield
+
     def reset_moments(self, step: int, averaged: bool) -> None:
-        """Partitions' averages, and for stages 1 and 2 the parameters' views of them, which DeepSpeed makes once."""
-        zero = self._zero
-        if self._sharded:
-            reset_moments(zero.optimizer, zero.fp32_partitioned_groups_flat, step, averaged)
-        else:
-            reset_moments(zero.optimizer, zero.single_partition_of_fp32_groups, step, averaged)
-            zero._hp_optimizer_states_linked = False
-            zero._lazy_init_hp_params_optimizer_state()
+        """Partitions' averages, and the parameters' views of them, which DeepSpeed makes once."""
+        reset_moments(self._zero.optimizer, self._zero.single_partition_of_fp32_groups, step, averaged)
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
 
     def set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state
 
-        if not self._sharded:
-            safe_set_full_optimizer_state(parameter, value, key)
-            return
-        # The full setter of stage 3 overruns a tensor whose size is no multiple of the ranks: partitions are padded.
+        safe_set_full_optimizer_state(parameter, value, key)
+
+
+class Zero3Stepper(_FlatPartitions):
+    """Stage 3: parameters are partitioned too."""
+
+    def __init__(self, engine: Any):
+        super().__init__(engine)
+        # DeepSpeed takes the norm of one parameter after another, in float64, while the GPU waits.
+        self._zero._get_norm_groups = lambda: [_norm(self._zero.averaged_gradients.values())]
+
+    def apply(self) -> tuple[Tensor, bool]:
+        """DeepSpeed itself looks at the norm and discards a gradient that is not finite."""
+        self._engine.step()
+        # A tensor on the device, but the number inf where the gradient was discarded.
+        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._engine.device)
+        return norm, self._engine.was_step_applied()
+
+    @torch.no_grad()
+    def cap(self, parameter: nn.Parameter, maximum: float) -> None:
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        safe_get_local_fp32_param(parameter).clamp_(max=maximum)
+        _partition(parameter).clamp_(max=maximum)
+        parameter.data.clamp_(max=maximum)  # empty unless it is small enough to stay whole
+
+    @contextmanager
+    def whole(self, parameter: nn.Parameter, write: bool) -> Iterator[None]:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([parameter], modifier_rank=0 if write else None):
+            yield
+
+    def reset_moments(self, step: int, averaged: bool) -> None:
+        reset_moments(self._zero.optimizer, self._zero.fp32_partitioned_groups_flat, step, averaged)
+
+    def set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """DeepSpeed's own setter overruns a tensor whose size is no multiple of the ranks: partitions are padded."""
+        from deepspeed.utils import safe_set_local_optimizer_state
+
         size = _partition(parameter).numel()
         padded = F.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
         safe_set_local_optimizer_state(parameter, padded[rank() * size : (rank() + 1) * size], key)

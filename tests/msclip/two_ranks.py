@@ -62,8 +62,11 @@ def micro_batches(step: int, rank: int = 0, world_size: int = 1, parts: int = 1)
     return [MicroBatch(pixels[start : start + size], pack(token_ids[start : start + size])) for start in starts]
 
 
-def tiny_engine(model: Model, stage: int | None = None, world_size: int = 1, compiled: bool = False, **optim: Any) -> Engine:
-    """Small parameters are partitioned too under stage 3; by default DeepSpeed keeps those of a tiny model whole."""
+def tiny_engine(
+    model: Model, stage: int | None = None, world_size: int = 1, compiled: bool = False, by_unit: bool = False, **optim: Any
+) -> Engine:
+    """With `by_unit`, stage 3 as of a model too large to be held whole; its small parameters are partitioned too."""
+    large = {"stage3_max_live_parameters": 1000, "stage3_param_persistence_threshold": 0}
     config = OptimConfig(**(OPTIM | optim))
     return create_engine(
         model,
@@ -75,7 +78,7 @@ def tiny_engine(model: Model, stage: int | None = None, world_size: int = 1, com
         device="cpu",
         zero_stage=stage,
         compiled=compiled,
-        zero_options={"stage3_param_persistence_threshold": 0} if stage == 3 else None,
+        zero_options=large if by_unit else None,
     )
 
 
@@ -133,6 +136,7 @@ def observe_stage(rank: int, stage: int | None, start: tuple[dict[str, Tensor], 
         engine.module.mean.fill_(torch.nan)
     try:
         engine.train_step(micro_batches(engine.step, rank, 2))
+        engine.settle()
     except TrainingError as error:
         observed["error"] = str(error)
     observed["untouched"] = all(torch.equal(a[k], b[k]) for a, b in zip(before, engine.full_state(), strict=True) for k in a)
@@ -151,7 +155,7 @@ def optimised(engine: Engine) -> list[int]:
     if zero is None:
         lists = [group["params"] for group in stepper.param_groups]
     else:
-        lists = zero.fp16_groups if stepper._sharded else zero.bit16_groups
+        lists = zero.fp16_groups if hasattr(zero, "fp16_groups") else zero.bit16_groups
     return [id(parameter) for parameters in lists for parameter in parameters]
 
 
@@ -183,21 +187,22 @@ def observe_finetuning(rank: int, stage: int | None, start: tuple[dict[str, Tens
     return observed
 
 
-def observe_compiled(rank: int) -> tuple[list[dict[str, float]], int]:
-    """Steps under stage 3 of a model whose units are compiled, and how many kinds of them were."""
+def observe_compiled(rank: int, by_unit: bool) -> tuple[list[dict[str, float]], int]:
+    """Steps under stage 3 of a model that is compiled, and how many kinds of parts were."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter, compile_ = CompileCounterWithBackend("aot_eager"), torch.compile
     with mock.patch("torch.compile", lambda function: compile_(function, backend=counter, fullgraph=True)):
-        engine = tiny_engine(tiny_model(), 3, 2, compiled=True)
+        engine = tiny_engine(tiny_model(), 3, 2, compiled=True, by_unit=by_unit)
     return train(engine, 3, rank, 2), counter.frame_count
 
 
-def observe_gathering(rank: int) -> tuple[int, int]:
+def observe_gathering(rank: int, by_unit: bool) -> tuple[int, int]:
     """Numbers that ranks send each other in a step under stage 3 to have the parameters whole; and all parameters'."""
     from deepspeed.comm.torch import TorchBackend
 
-    engine, sent, gather = tiny_engine(tiny_model(), 3, 2), [], TorchBackend.all_gather_into_tensor
+    engine, sent = tiny_engine(tiny_model(), 3, 2, by_unit=by_unit), []
+    gather = TorchBackend.all_gather_into_tensor
 
     def counted(self: Any, output_tensor: Tensor, *arguments: Any, **options: Any) -> Any:
         sent.append(output_tensor.numel())
@@ -222,10 +227,12 @@ def main(rank: int, folder: Path) -> None:
     for stage in STAGES:
         observed["stage", stage] = observe_stage(rank, stage, start)
         observed["finetuning", stage] = observe_finetuning(rank, stage, finetuned)
-    for stage in (2, 3):
-        engine = tiny_engine(tiny_model(), stage, 2, accumulation_steps=2)
-        observed["accumulated", stage] = train(engine, 3, rank, 2, parts=2)
-    observed["compiled"], observed["gathering"] = observe_compiled(rank), observe_gathering(rank)
+    for stage, by_unit in ((2, False), (3, False), (3, True)):
+        engine = tiny_engine(tiny_model(), stage, 2, by_unit=by_unit, accumulation_steps=2)
+        observed["accumulated", stage, by_unit] = train(engine, 3, rank, 2, parts=2)
+    for by_unit in (False, True):
+        observed["compiled", by_unit] = observe_compiled(rank, by_unit)
+        observed["gathering", by_unit] = observe_gathering(rank, by_unit)
     for stage, parts in zip(STAGES, (1, 1, 2, 2, 2), strict=True):
         engine = tiny_engine(tiny_model(**SIGMOID), stage, 2, accumulation_steps=parts)
         observed["sigmoid", stage] = train(engine, 3, rank, 2, parts)
@@ -235,8 +242,8 @@ def main(rank: int, folder: Path) -> None:
         own = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
         observed["batch_norm", stage] = metrics, own, engine.full_state()[0], engine.averaged_state()
     apart: dict[str, Any] = {"text_width": 96, "text_heads": 4, "sharing": SEPARATE}
-    for stage in (None, 3):
-        observed["apart", stage] = train(tiny_engine(tiny_model(**apart), stage, 2), 2, rank, 2)
+    for stage, by_unit in ((None, False), (3, False), (3, True)):
+        observed["apart", stage, by_unit] = train(tiny_engine(tiny_model(**apart), stage, 2, by_unit=by_unit), 2, rank, 2)
     torch.save(observed, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
