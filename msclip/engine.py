@@ -101,9 +101,9 @@ class _Verdict(NamedTuple):
     step: int
 
     @staticmethod
-    def of(applied: bool | Tensor, metrics: Mapping[str, Tensor | float], step: int) -> "_Verdict":
-        if not isinstance(applied, Tensor) or not applied.is_cuda:
-            return _Verdict(torch.as_tensor(applied), None, metrics, step)
+    def of(applied: Tensor, metrics: Mapping[str, Tensor | float], step: int) -> "_Verdict":
+        if not applied.is_cuda:
+            return _Verdict(applied, None, metrics, step)
         flag = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(applied, non_blocking=True)
         known = torch.cuda.Event()
         known.record(torch.cuda.current_stream(applied.device))
@@ -157,8 +157,8 @@ class Engine:
 
         Returns metrics, means over the ranks, for `read_metrics`: they stay on the device, so that this call need not wait
         for it. `train/temperature` and, for the sigmoid loss, `train/logit_bias` are those of the loss, before the update.
-        A gradient that is not finite is not applied: `TrainingError` is raised, on all ranks, by this call, or, where that
-        is found out on the device, by `settle`, which the next call asks before it applies anything.
+        A gradient that is not finite is not applied. That is found out on the device, so that it is `settle` which raises
+        `TrainingError`, on all ranks; the next call asks it before it applies anything.
         """
         prepared = batch if isinstance(batch, Prepared) else self.prepare(batch)
         if len(prepared.micro_batches) != self._config.accumulation_steps:
@@ -181,8 +181,6 @@ class Engine:
             "train/lr": lr,
         }
         self._unsettled = _Verdict.of(applied, metrics, self.step)
-        if not isinstance(applied, Tensor):
-            self.settle()
         logit_scale = self._parameters.get("logit_scale")
         if logit_scale is not None and logit_scale.requires_grad:
             self._stepper.cap(logit_scale, float(np.log(self._config.temperature_max)))

@@ -33,11 +33,8 @@ class Stepper(Protocol):
         """Adds a micro batch's gradient; called accumulation_steps times before `apply`."""
         ...
 
-    def apply(self) -> tuple[Tensor, bool | Tensor]:
-        """The gradient's norm before clipping, and whether it was finite; only then are weights updated.
-
-        The answer is a tensor where the host did not wait for it.
-        """
+    def apply(self) -> tuple[Tensor, Tensor]:
+        """The gradient's norm before clipping, and whether it is finite: only then are weights updated. Nobody waits for it."""
         ...
 
     def cap(self, parameter: nn.Parameter, maximum: float) -> None:

@@ -8,7 +8,7 @@ DeepSpeed's low-precision and master copies hold equal numbers, and a whole para
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,18 +54,17 @@ def deepspeed_stepper(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     # DeepSpeed's 5e8 elements are all gradients of the paper's model and more: nothing would be sent before the last is known.
     bucket = min(int(3e7), sum(parameter.numel() for parameter in module.parameters()))
-    zero: dict[str, Any] = {"reduce_bucket_size": bucket, "overlap_comm": True}
+    # Where gradients travel beside the backward pass, DeepSpeed waits on the host for the last of them, and the GPU for the
+    # host: within one host that costs more than it gains.
+    zero: dict[str, Any] = {"reduce_bucket_size": bucket, "overlap_comm": zero_stage == 0 or _several_hosts()}
     if zero_stage in (1, 2):
-        # DeepSpeed waits on the host for the norm, and for gradients on their way beside the backward pass: between GPUs of
-        # one host both cost more than they are worth.
-        zero |= {"compute_grad_norm": False, "overlap_comm": _several_hosts()}
+        zero["compute_grad_norm"] = False
     if zero_stage == 3 and units is None:
         zero["stage3_param_persistence_threshold"] = 0  # small ones kept whole would be gathered one by one
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps,
-        # 0: no limit, or not here: stage 0 would apply a gradient that is not finite, and 1 and 2 need the norm for it
-        "gradient_clipping": (config.clip_grad_norm or 0.0) if zero_stage == 3 else 0.0,
+        "gradient_clipping": 0.0,  # done here: DeepSpeed would wait for the norm, and stage 0 apply one that is not finite
         "zero_optimization": zero | {**zero_options, "stage": zero_stage},
         "steps_per_print": 10**9,
         "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a step
@@ -77,7 +76,7 @@ def deepspeed_stepper(
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     if zero_stage == 0:
         return Zero0Stepper(engine, optimizer, config.clip_grad_norm)
-    return Zero3Stepper(engine) if zero_stage == 3 else PartitionedStepper(engine, config.clip_grad_norm)
+    return (Zero3Stepper if zero_stage == 3 else PartitionedStepper)(engine, config.clip_grad_norm)
 
 
 class _Whole(nn.Module):
@@ -125,13 +124,6 @@ def _several_hosts() -> bool:
     return dist.get_world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
 
 
-def _norm(partitions: Iterable[Sequence[Tensor]]) -> Tensor:
-    """The gradient's norm, from each rank's part of it, without waiting for the device."""
-    square = nn.utils.get_total_norm([part for parts in partitions for part in parts]).square()
-    dist.all_reduce(square)
-    return square.sqrt()
-
-
 def _worth_reading(record: logging.LogRecord) -> bool:
     # Stage 3 misses tensors inside a module's `Tokens`; harmless, since modules that own parameters take plain tensors.
     return "unknown inputs or outputs type" not in record.getMessage()
@@ -166,42 +158,28 @@ class Zero0Stepper(_DeepSpeedPasses, WholeParameters):
         return self._clip_and_step(self._engine.step)
 
 
-class _FlatPartitions(_DeepSpeedPasses):
-    """Stages 1 to 3: AdamW updates flat float32 partitions, one a parameter group and rank."""
+class PartitionedStepper(_DeepSpeedPasses):
+    """Stages 1 and 2: every rank has all parameters, and of AdamW's averages (2: of gradients too) its part.
 
-    def __init__(self, engine: Any):
+    AdamW updates flat float32 partitions, one a parameter group and rank, also under stage 3.
+    """
+
+    def __init__(self, engine: Any, clip_grad_norm: float | None):
         super().__init__(engine)
-        self._zero = engine.optimizer
+        self._zero, self._clip_grad_norm = engine.optimizer, clip_grad_norm
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self._zero.param_groups
 
-    def written(self) -> None:
-        self._zero.refresh_fp32_params()
-
-    def average(self, decay: float) -> None:
-        average_weights(self._zero.optimizer, decay)
-
-    def moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        return safe_get_full_optimizer_state(parameter, key)
-
-
-class PartitionedStepper(_FlatPartitions):
-    """Stages 1 and 2: every rank has all parameters, and of AdamW's averages (2: of gradients too) its part."""
-
-    def __init__(self, engine: Any, clip_grad_norm: float | None):
-        super().__init__(engine)
-        self._clip_grad_norm = clip_grad_norm
-
+    @torch.no_grad()
     def apply(self) -> tuple[Tensor, Tensor]:
-        norm = _norm(self._zero.averaged_gradients.values())
+        own: list[Tensor] = [part for parts in self._zero.averaged_gradients.values() for part in parts]
+        square = nn.utils.get_total_norm(own).square()
+        dist.all_reduce(square)
+        norm = square.sqrt()
         if self._clip_grad_norm is not None:
-            factor = (self._clip_grad_norm / (norm + 1e-6)).clamp(max=1)
-            for parts in self._zero.averaged_gradients.values():
-                torch._foreach_mul_(parts, factor)
+            torch._foreach_mul_(own, (self._clip_grad_norm / (norm + 1e-6)).clamp(max=1))
         return norm, step_if_finite(self._zero.optimizer, norm, self._engine.step)
 
     @torch.no_grad()
@@ -213,6 +191,17 @@ class PartitionedStepper(_FlatPartitions):
     @contextmanager
     def whole(self, parameter: nn.Parameter, write: bool) -> Iterator[None]:
         yield
+
+    def written(self) -> None:
+        self._zero.refresh_fp32_params()
+
+    def average(self, decay: float) -> None:
+        average_weights(self._zero.optimizer, decay)
+
+    def moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, key)
 
     def reset_moments(self, step: int, averaged: bool) -> None:
         """Partitions' averages, and the parameters' views of them, which DeepSpeed makes once."""
@@ -226,20 +215,17 @@ class PartitionedStepper(_FlatPartitions):
         safe_set_full_optimizer_state(parameter, value, key)
 
 
-class Zero3Stepper(_FlatPartitions):
+class Zero3Stepper(PartitionedStepper):
     """Stage 3: parameters are partitioned too."""
 
-    def __init__(self, engine: Any):
-        super().__init__(engine)
-        # DeepSpeed takes the norm of one parameter after another, in float64, while the GPU waits.
-        self._zero._get_norm_groups = lambda: [_norm(self._zero.averaged_gradients.values())]
-
-    def apply(self) -> tuple[Tensor, bool]:
-        """DeepSpeed itself looks at the norm and discards a gradient that is not finite."""
-        self._engine.step()
-        # A tensor on the device, but the number inf where the gradient was discarded.
-        norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self._engine.device)
-        return norm, self._engine.was_step_applied()
+    def __init__(self, engine: Any, clip_grad_norm: float | None):
+        super().__init__(engine, clip_grad_norm)
+        # This stage has no setting to leave the norm, which `apply` takes, alone: DeepSpeed is shown one it need not wait for.
+        self._zero._get_norm_groups = lambda: [torch.zeros(())]
+        # Nor need the host wait for gradients that travel in the order of everything else.
+        stream = self._zero.reduce_and_partition_stream
+        if stream is not None and stream == torch.cuda.current_stream(engine.device):
+            stream.synchronize = lambda: None
 
     @torch.no_grad()
     def cap(self, parameter: nn.Parameter, maximum: float) -> None:
