@@ -7,6 +7,7 @@ DeepSpeed's low-precision and master copies hold equal numbers, and a whole para
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,8 +60,10 @@ def deepspeed_stepper(
     zero: dict[str, Any] = {"reduce_bucket_size": bucket, "overlap_comm": zero_stage == 0 or _several_hosts()}
     if zero_stage in (1, 2):
         zero["compute_grad_norm"] = False
-    if zero_stage == 3 and units is None:
-        zero["stage3_param_persistence_threshold"] = 0  # small ones kept whole would be gathered one by one
+    if zero_stage == 3:
+        zero["contiguous_gradients"] = False  # they are put together for sending anyway
+        if units is None:
+            zero["stage3_param_persistence_threshold"] = 0  # small ones kept whole would be gathered one by one
     settings = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": config.accumulation_steps,
@@ -222,10 +225,21 @@ class Zero3Stepper(PartitionedStepper):
         super().__init__(engine, clip_grad_norm)
         # This stage has no setting to leave the norm, which `apply` takes, alone: DeepSpeed is shown one it need not wait for.
         self._zero._get_norm_groups = lambda: [torch.zeros(())]
-        # Nor need the host wait for gradients that travel in the order of everything else.
-        stream = self._zero.reduce_and_partition_stream
-        if stream is not None and stream == torch.cuda.current_stream(engine.device):
+        stream = self._zero.reduce_and_partition_stream  # None on CPUs
+        self._in_order = stream is None or stream == torch.cuda.current_stream(engine.device)
+        if stream is not None and self._in_order:
+            # The host need not wait for gradients that travel in the order of everything else, nor, between one parameter
+            # and the next of a gather, for all that was before it.
             stream.synchronize = lambda: None
+            coordinator = self._zero.parameter_offload.get_param_coordinator()
+            coordinator._PartitionedParameterCoordinator__max_ongoing_fetch_events = sys.maxsize
+
+    @torch.no_grad()
+    def apply(self) -> tuple[Tensor, Tensor]:
+        applied = super().apply()
+        if not self._in_order:
+            torch.cuda.current_stream(self._engine.device).synchronize()  # DeepSpeed's stream for gathers does not wait for it
+        return applied
 
     @torch.no_grad()
     def cap(self, parameter: nn.Parameter, maximum: float) -> None:
