@@ -76,33 +76,21 @@ def read_unit(manifest: Manifest | Mixture, unit: Unit, seed: int) -> Encoded:
         UserError: a file is gone, damaged or has changed.
         OSError: the storage failed.
     """
-    import pyarrow as pa
-
     groups = manifest.locate(unit.row)
-    order = np.argsort(groups, kind="stable")  # rows of one row group together, as they are read
-    images, cells = [], []
-    for group, rows in _by_group(groups[order], unit.row[order]):
-        place = manifest.row_groups[group]
-        table = manifest.read(group, keep=len(rows) < place.rows).take(rows - place.first_row)
-        images.append(_image_files(table, manifest.image_column))
-        cells += table[manifest.caption_column].to_pylist()
-    position = np.argsort(order)
-    files = pa.chunked_array([chunk for column in images for chunk in column.chunks], pa.large_binary())
-    files = files.combine_chunks().take(position)
-    captions = [_captions(cells[i]) for i in position]
-    counts = np.array([len(said) for said in captions])
-    if not counts.all():
-        files = pa.array([file if n else None for file, n in zip(files.to_pylist(), counts, strict=True)], pa.large_binary())
-    turns = caption_turns(np.maximum(counts, 1), seed, unit.epoch, unit.row)
+    files, captions = [np.empty(0, np.uint8)] * len(unit.row), [[""]] * len(unit.row)
+    for group in np.unique(groups).tolist():
+        places = np.flatnonzero(groups == group)
+        of = manifest.row_groups[group]
+        rows = unit.row[places] - of.first_row
+        table = manifest.read(group, keep=len(rows) < of.rows)
+        cells = table[manifest.caption_column].take(rows).to_pylist()
+        for i, file, cell in zip(places.tolist(), _views(_image_files(table, manifest.image_column), rows), cells, strict=True):
+            captions[i] = _captions(cell)
+            files[i] = file if captions[i] else file[:0]
+    counts = np.array([max(1, len(texts)) for texts in captions])
+    turns = caption_turns(counts, seed, unit.epoch, unit.row)
     said = tuple(texts[turn] if texts else "" for texts, turn in zip(captions, turns.tolist(), strict=True))
-    offsets, data = (np.frombuffer(files.buffers()[i] or b"", kind) for i, kind in ((1, np.int64), (2, np.uint8)))
-    offsets = offsets[files.offset : files.offset + len(files) + 1]
-    return Encoded(unit.epoch, unit.row, data[offsets[0] : offsets[-1]], offsets[1:] - offsets[0], said)
-
-
-def _by_group(groups: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    found, first = np.unique(groups, return_index=True)
-    return zip(found.tolist(), np.split(rows, first[1:]), strict=True)
+    return Encoded(unit.epoch, unit.row, np.concatenate(files), np.cumsum([len(file) for file in files]), said)
 
 
 def _image_files(table, column: str):  # type: ignore[no-untyped-def]
@@ -113,6 +101,18 @@ def _image_files(table, column: str):  # type: ignore[no-untyped-def]
     if pa.types.is_struct(images.type):
         images = pc.struct_field(images, "bytes")
     return images.cast(pa.large_binary())  # offsets of 32 bits end at 2 GB
+
+
+def _views(files, rows: np.ndarray) -> list[np.ndarray]:  # type: ignore[no-untyped-def]
+    """Files of some rows where they lie: `take` would copy them, and again to where those of all row groups are together."""
+    import pyarrow.compute as pc
+
+    array = files.chunk(0) if files.num_chunks == 1 else files.combine_chunks()
+    _, offsets, values = array.buffers()
+    begins = np.frombuffer(offsets, np.int64)[array.offset :][rows]
+    ends = begins + pc.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False)[rows]
+    data = np.frombuffer(values or b"", np.uint8)
+    return [data[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
 
 
 def _captions(cell: str | Sequence[str | None] | None) -> list[str]:
