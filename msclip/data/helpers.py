@@ -60,13 +60,18 @@ class Queue(Generic[T]):
         self._idle: list[int] = []
         """Ranks of those that wait."""
         lock = threading.Lock()
-        self._here, self._elsewhere = threading.Condition(lock), threading.Condition(lock)
+        self._here, self._elsewhere, self._room = (threading.Condition(lock) for _ in range(3))
 
     def put(self, parts: Sequence[T]) -> None:
         with self._here:
             self._parts.extend(parts)
             self._here.notify(len(parts))
             self._elsewhere.notify_all()
+
+    def wait_for_room(self, most: int) -> None:
+        """Until no more than `most` parts wait, or the end."""
+        with self._here:
+            self._room.wait_for(lambda: self._ended or len(self._parts) <= most)
 
     def give_back(self, part: T) -> None:
         """A helper could not do this."""
@@ -84,6 +89,7 @@ class Queue(Generic[T]):
     def end(self) -> None:
         with self._here:
             self._ended = True
+            self._room.notify_all()
             self._here.notify_all()
             self._elsewhere.notify_all()
 
@@ -102,6 +108,7 @@ class Queue(Generic[T]):
             self._idle.remove(rank)
             if self._ended or not found:
                 return None
+            self._room.notify()
             return (self._parts if rank or not self._returned else self._returned).popleft()
 
     def _any_for(self, rank: int) -> bool:

@@ -37,6 +37,9 @@ __all__ = ["BadRow", "Batch", "Batches", "DataConfig", "Waits"]
 WORK_ROWS = 64
 """Most rows decoded together: 20 ms to a second of work, next to 0.1 ms to hand it over."""
 PATIENCE_SECONDS = 5.0
+_WAITING = 2
+"""Pieces of work that wait for each decoder when the next batch's files are fetched. More files would only be more memory,
+which at the start of a run takes the cores from those who decode: to touch it for the first time costs as much as reading."""
 _FILLING = 2
 """Batches that decoders work on, beside those that are ready."""
 _LENT = 2
@@ -181,6 +184,7 @@ def _read(
     keep: Callable[[np.ndarray], np.ndarray],
     tensors: tuple[Tensor, Tensor],
     part_rows: int,
+    own: int,
 ) -> None:
     """The thread that hands out what was read, batch by batch, as soon as there is room."""
     end: BaseException | None = None
@@ -199,6 +203,7 @@ def _read(
             filling = _Filling(Batch(step, plan.epoch(step + 1), rows, pixels[slot], token_ids[slot], []), slot, len(works))
             pipeline.parts.put([(filling, work) for work in works])
             pipeline.ready.put(filling)
+            pipeline.parts.wait_for_room(_WAITING * (own + pipeline.crew.size))
     except BaseException as error:
         end = error
     # Only the thread that runs a generator may close it.
@@ -300,7 +305,7 @@ class Batches:
         place = rank, world_size, start_step, stop_step
         part_rows = max(1, min(WORK_ROWS, 2 * share // max(1, processes)))
         tensors = torch.from_numpy(pixels), torch.from_numpy(token_ids)
-        pipeline.run(_read, plan, place, units, keep, tensors, part_rows, name="batches-read")
+        pipeline.run(_read, plan, place, units, keep, tensors, part_rows, max(1, processes), name="batches-read")
         for decoder in pool.decoders if pool else [Inline(recipe, layout, memory)]:
             pipeline.run(_decode, decoder, name="batches-decode")
         if helpers:

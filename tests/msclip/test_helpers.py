@@ -296,6 +296,21 @@ def test_helpers_get_nothing_while_enough_batches_wait_nor_what_one_of_them_gave
     assert queue.take() == "a"
 
 
+def test_who_waits_for_room_goes_on_when_enough_was_taken_and_at_the_end() -> None:
+    queue = Queue[str](enough=1)
+    for end in (queue.take, queue.end):
+        queue.put(["a", "b", "c"])
+        queue.take()
+        waiter = threading.Thread(target=queue.wait_for_room, args=(1,), daemon=True)
+        waiter.start()
+        waiter.join(0.2)
+        assert waiter.is_alive()
+        end()
+        waiter.join(10)
+        assert not waiter.is_alive()
+        queue.take()
+
+
 def test_a_helper_without_work_goes() -> None:
     queue, crew = Queue[str](enough=1), Crew()
     friend = Friend(None)  # type: ignore[arg-type]

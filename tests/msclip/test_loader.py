@@ -20,10 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
-from msclip.data.decode import Encoded, Recipe, caption_turns, read_unit, read_units
+from msclip.data.decode import Encoded, Recipe, Replaced, caption_turns, read_unit, read_units
 from msclip.data.images import Augment, Preprocess
 from msclip.data.loader import Batch, Batches, DataConfig
 from msclip.data.plan import Plan, Unit
+from msclip.data.pool import Inline, Work
 from msclip.data.shards import Manifest
 from msclip.data.tokenizer import Tokenizer
 from msclip.errors import TrainingError, UserError
@@ -314,6 +315,33 @@ class Slow(Preprocess):
         return super().train_view(data, augment, rng)
 
 
+def test_files_are_fetched_for_little_more_than_is_being_decoded(
+    manifest: Manifest, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, go, fetched = plan_of(manifest), threading.Event(), 0
+    place = 0, 1, 0, 12
+
+    def units() -> Iterator[Encoded]:
+        nonlocal fetched
+        for unit in read(manifest, plan, *place):
+            fetched += 1
+            yield unit
+
+    decode = Inline.decode
+
+    def patiently(self: Inline, work: Work) -> list[Replaced]:
+        go.wait(30)
+        return decode(self, work)
+
+    monkeypatch.setattr(Inline, "decode", patiently)
+    with Batches(plan, *place, units(), recipe_of(manifest, tokenizer), prefetch=8) as loader:
+        time.sleep(0.5)
+        # One batch is being decoded and two may wait when the next one's files are fetched.
+        assert fetched == sum(unit.first_step < 4 for unit in plan.units(*place))
+        go.set()
+        assert [batch.step for batch in loader] == list(range(12))
+
+
 def test_what_a_batch_waited_for_is_told_apart(manifest: Manifest, tokenizer: Tokenizer) -> None:
     plan = plan_of(manifest)
     units = list(read(manifest, plan, 0, 1, 0, 2))
@@ -353,6 +381,7 @@ from msclip.data.decode import Recipe, read_units
 from msclip.data.images import Preprocess
 from msclip.data.loader import Batches
 from msclip.data.plan import Plan, Unit
+from msclip.data.pool import Inline, Work
 from msclip.data.shards import Manifest
 manifest = Manifest.load(sys.argv[1])
 plan = Plan(manifest.sizes, 8)
