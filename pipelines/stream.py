@@ -42,13 +42,15 @@ from msclip.s3_requests import repeated
 T = TypeVar("T")
 TASK_BYTES = 16 * 2**20
 """Of image files that a task reads, roughly: a quarter of a second's work, next to some milliseconds to schedule it."""
-SPAN_TASKS = 512
-_EARLY_TASKS = 64
+SPAN_TASKS = 128
+_EARLY_TASKS = 32
 """Left when the next span starts."""
 _PREFETCH_TASKS = 4
 _AHEAD_BYTES = 512 * 2**20
-"""Most that a worker's stream holds in object memory: seconds of work, as storage may pause. More would only be more memory to
-touch for the first time, which costs as much as reading does."""
+"""Most that a worker's stream holds in object memory: seconds of work, as far storage may pause. More would only be more memory
+to touch for the first time, which costs as much as reading does."""
+_LOCAL_AHEAD_BYTES = 64 * 2**20
+"""The same for each reading task at a time, and once more, where nothing pauses."""
 _STORE_SHARE = 0.4
 """Of the cluster's object memory, for what was read and not fetched, of all workers; two spans overlap for a while, hence
 under 1/2."""
@@ -57,8 +59,16 @@ _LOCAL_SHARE = 4
 Ray to start, at seconds of CPU each, while the decoders want it; far storage is waited for, so there they are not limited."""
 READ_CPUS = 1.0
 """Logical CPUs of a reading task. At least this many must be left beside the training workers."""
+_HEAD_STEPS, _HEAD_SECONDS = 2, 3.0
+"""Ray Data starts when the files of so many batches have been asked for, or after this time: on a small machine its start takes
+all cores, and the first batches go before it."""
 _HEAD_THREADS = 8
+_HEAD_BYTES = 64 * 2**20
+"""That the training worker reads ahead from a local disk while it reads for itself: memory that is touched for the first time
+costs more than reading does, and those who decode want the cores."""
 _PAUSE_SECONDS = 0.05
+_LONG_PAUSES = 4
+"""More of them, one for each task that is read and not fetched."""
 _NODES_COME_SECONDS = 15 * 60
 """Time for an autoscaler to add nodes, where the training workers hold every CPU."""
 _ATTEMPTS = 5
@@ -126,24 +136,34 @@ def ray_units(
     place = rank, world_size, start_step, stop_step
     units = plan.units(*place)
     row_bytes = sum(shard.size for shard in manifest.shards) / manifest.rows
-    task_units = max(1, round(task_bytes / (row_bytes * plan.unit_rows)))
-    context = _context(round(row_bytes * plan.unit_rows * task_units), world_size, _is_local(manifest))
+    unit_bytes = row_bytes * plan.unit_rows
+    task_units = max(1, round(task_bytes / unit_bytes))
+    local = _is_local(manifest)
+    context = _context(round(unit_bytes * task_units), world_size, local)
+    wanted, ended = threading.Event(), threading.Event()
 
     def start() -> _Span | None:
         listed = list(itertools.islice(units, span_tasks * task_units))
-        return _Span(listed, task_units, row_bytes, shared, context) if listed else None
+        return _Span(listed, task_units, row_bytes, shared, context) if listed and not ended.is_set() else None
 
-    # Ray Data needs seconds to start. What the first batch needs is read here, and what follows until Ray Data brings it.
-    head = list(itertools.islice(units, sum(1 for _ in plan.units(rank, world_size, start_step, start_step + 1))))
+    def start_first() -> _Span | None:
+        wanted.wait(_HEAD_SECONDS)
+        return start()
+
+    # Ray Data needs seconds to start. What the first batches need is read here, and what follows until Ray Data brings it.
+    head = list(itertools.islice(units, sum(1 for _ in plan.units(rank, world_size, start_step, start_step + _HEAD_STEPS))))
     more = itertools.islice(plan.units(*place), len(head), len(head) + span_tasks * task_units)
     idle = ray.available_resources().get("CPU", 0)
-    spans = [_in_background(start)]  # the current one, and from its last tasks on the next
+    spans = [_in_background(start_first)]  # the current one, and from its last tasks on the next
     twice = 0
     pool = ThreadPoolExecutor(_HEAD_THREADS, thread_name_prefix="first-units")
+    ahead = max(1, min(2 * _HEAD_THREADS, round(_HEAD_BYTES / unit_bytes))) if local else 2 * _HEAD_THREADS
+    read_here = partial(_mapped, pool, partial(_read_patiently, shared=content), ahead=ahead)
     try:
-        yield from _mapped(pool, partial(_read_patiently, shared=content), iter(head))
+        yield from read_here(iter(head))
+        wanted.set()
         if idle >= READ_CPUS:  # else nothing may ever come, and that is to be said soon
-            for read in _mapped(pool, partial(_read_patiently, shared=content), more):
+            for read in read_here(more):
                 if spans[0].done():
                     break
                 yield read
@@ -163,14 +183,16 @@ def ray_units(
             spans.pop(0)
             span.close()
     finally:
+        ended.set()
+        wanted.set()
         pool.shutdown(wait=False, cancel_futures=True)
         for future in spans:
             future.add_done_callback(_close)
 
 
-def _mapped(pool: ThreadPoolExecutor, action: Callable[[Unit], T], units: Iterator[Unit]) -> Iterator[T]:
-    """Like `pool.map`, no further ahead than two for each thread."""
-    coming = collections.deque(pool.submit(action, unit) for unit in itertools.islice(units, 2 * _HEAD_THREADS))
+def _mapped(pool: ThreadPoolExecutor, action: Callable[[Unit], T], units: Iterator[Unit], ahead: int) -> Iterator[T]:
+    """Like `pool.map`, no further ahead than so many units."""
+    coming = collections.deque(pool.submit(action, unit) for unit in itertools.islice(units, ahead))
     while coming:
         yield coming.popleft().result()
         coming.extend(pool.submit(action, unit) for unit in itertools.islice(units, 1))
@@ -180,7 +202,8 @@ class _Pause(ExecutionCallback):
     """Ray Data's executor looks for work without a break while its consumer is the slower one: a whole core of training's."""
 
     def on_execution_step(self, executor: Any) -> None:
-        time.sleep(_PAUSE_SECONDS)
+        waiting = len(executor._output_node[1].output_queue)
+        time.sleep(_PAUSE_SECONDS * (1 + min(waiting, _LONG_PAUSES)))
 
 
 class _Span:
@@ -225,7 +248,11 @@ class _Span:
 
 
 def _array(block: pa.Table, column: str, kind: type) -> np.ndarray:
-    return np.frombuffer(block[column].chunk(0)[0].as_buffer(), kind)
+    """The single cell of a column, where it lies; Arrow's own way, by a scalar, would copy it."""
+    cell = block[column].chunk(0)
+    _, offsets, values = cell.buffers()
+    begin, end = np.frombuffer(offsets, np.int64)[cell.offset :][:2]
+    return np.frombuffer(values or b"", np.uint8)[begin:end].view(kind)
 
 
 def _wait_for_nodes(span: "Future[_Span | None]", idle: float) -> None:
@@ -275,8 +302,9 @@ def _context(unit_bytes: int, world_size: int, local: bool) -> DataContext:
     options.preserve_order, options.verbose_progress = True, False
     # Each worker's execution would otherwise count on half of the cluster's memory for itself.
     cluster = ray.cluster_resources()
-    store = min(_AHEAD_BYTES, _STORE_SHARE * cluster.get("object_store_memory", 0) / world_size)
-    readers = max(2.0, cluster.get("CPU", 0) / world_size // _LOCAL_SHARE) if local else None
+    readers = max(1.0, cluster.get("CPU", 0) / world_size // _LOCAL_SHARE) if local else None
+    ahead = min(_AHEAD_BYTES, _LOCAL_AHEAD_BYTES * (1 + readers)) if readers else _AHEAD_BYTES
+    store = min(ahead, _STORE_SHARE * cluster.get("object_store_memory", 0) / world_size)
     options.resource_limits = ExecutionResources.for_limits(cpu=readers and readers * READ_CPUS, object_store_memory=store)
     return context
 

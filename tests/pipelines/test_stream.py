@@ -118,5 +118,30 @@ def test_a_local_disk_is_read_by_a_quarter_of_the_cores_and_far_storage_by_all(m
     def readers(world_size: int, local: bool) -> float:
         return _context(1000, world_size, local).execution_options.resource_limits.cpu
 
-    assert [readers(1, local=True), readers(4, local=True), readers(32, local=True)] == [16, 4, 2]
+    assert [readers(1, local=True), readers(4, local=True), readers(32, local=True)] == [16, 4, 1]
     assert readers(4, local=False) == float("inf")
+
+
+def test_the_files_of_a_task_are_not_copied() -> None:
+    from pipelines.stream import _array, _as_cell
+
+    files = np.arange(100, dtype=np.uint8)
+    block = pa.table({"files": pa.concat_arrays([_as_cell(files)]), "none": _as_cell(files[:0])})
+    lies = block["files"].chunk(0).buffers()[2].address
+    found = _array(block, "files", np.uint8)
+    assert found.ctypes.data == lies
+    np.testing.assert_array_equal(found, files)
+    np.testing.assert_array_equal(_array(block, "files", np.int32), files.view(np.int32))
+    assert len(_array(block, "none", np.int64)) == 0
+
+
+def test_the_longer_what_is_read_waits_the_longer_ray_data_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from pipelines import stream
+
+    slept: list[float] = []
+    monkeypatch.setattr(stream, "time", SimpleNamespace(sleep=slept.append))
+    for waiting in (0, 1, 50):
+        stream._Pause().on_execution_step(SimpleNamespace(_output_node=(None, SimpleNamespace(output_queue=[None] * waiting))))
+    assert slept[0] < slept[1] < slept[2] < 0.5
