@@ -70,6 +70,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RAY_AUTH_MODE": "disabled",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # as where a job starts its own Ray
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
@@ -387,7 +388,7 @@ def measure(name: str, folder: str, cores: int, seconds: float) -> dict[str, Any
     peak, stop = [0], threading.Event()
 
     def watch() -> None:
-        while not stop.wait(1.0):
+        while not stop.wait(5.0):  # seldom: to count all pages takes 0.1 s
             used = 0
             with contextlib.suppress(psutil.Error):
                 for each in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:

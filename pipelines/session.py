@@ -57,6 +57,8 @@ def cluster(config: ClusterConfig) -> Iterator[bool]:
                 # Reading holds a logical CPU while it waits, so training's own are added to the machine's.
                 cpus = (os.cpu_count() or 1) + math.ceil(config.num_workers * config.cpus_per_worker)
                 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody else is to join this one
+                # It passes on a cloud's notice to a cluster's nodes, and would be a process to start beside the first batch.
+                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
                 ray.init(address="local", num_cpus=max(4, cpus), include_dashboard=False, **options)
             else:
                 ray.init(address=config.address or "auto", **options)
