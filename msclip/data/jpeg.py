@@ -19,9 +19,21 @@ except ImportError:  # not built for this platform: Pillow decodes all
 if TYPE_CHECKING:
     from jaxtyping import UInt8
 
-_START, _METADATA = b"\xff\xd8\xff", b"\xff\xe1"
+_START, _SCAN = b"\xff\xd8\xff", b"\xff\xda"
+_SEGMENTS = frozenset((0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD, 0xE0, *range(0xE2, 0xF0), 0xFE))
+"""Second bytes of what may come before the first scan: frames, tables, applications' own but the first's, comments."""
 _LEAST_SIDE = 16
 """In smaller ones, scaled sizes coincide."""
+
+
+def _is_plain(data: bytes) -> bool:
+    """Whether only known segments come before the first scan, and neither EXIF nor XMP."""
+    at = 2
+    while (marker := data[at : at + 2]) != _SCAN:
+        if len(marker) < 2 or marker[0] != 0xFF or marker[1] not in _SEGMENTS:
+            return False
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return True
 
 
 class Jpeg:
@@ -37,7 +49,7 @@ class Jpeg:
         if simplejpeg is None or not isinstance(data, bytes | memoryview) or data[:3] != _START:
             return None
         data = bytes(data)
-        if _METADATA in data:  # EXIF or XMP; or by chance something else
+        if not _is_plain(data):
             return None
         try:
             height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

@@ -95,6 +95,20 @@ def test_what_is_not_ordinary_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch)
     assert Jpeg.of(photo(40, 60), 40 * 60 - 1) is None
 
 
+def with_segment(data: bytes, marker: int, content: bytes) -> bytes:
+    """The file with one more segment, the first."""
+    return data[:2] + bytes((0xFF, marker)) + (len(content) + 2).to_bytes(2, "big") + content + data[2:]
+
+
+def test_what_looks_like_a_marker_inside_a_segment_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, upright = with_segment(turned(), 0xE2, b"a scan? \xff\xda\0"), photo(40, 60)
+    assert Jpeg.of(hidden, images.MAX_PIXELS) is None
+    assert Jpeg.of(with_segment(upright, 0xFE, b"EXIF? \xff\xe1"), images.MAX_PIXELS)
+    for data in (hidden, with_segment(upright, 0xFE, b"EXIF? \xff\xe1"), upright[:2] + b"\xff" + upright[2:]):
+        np.testing.assert_array_equal(*both_ways(data, monkeypatch))
+    assert views_or_reason(hidden)[1].tolist() == views_or_reason(turned())[1].tolist()  # type: ignore[union-attr]
+
+
 def test_a_damaged_jpeg_is_judged_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = photo(64, 64)
     random = np.random.default_rng(0)
