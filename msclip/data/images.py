@@ -21,6 +21,7 @@ from PIL import Image, ImageEnhance, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
+from msclip.data.bicubic import resized
 from msclip.data.jpeg import Jpeg
 from msclip.errors import UserError
 
@@ -139,7 +140,8 @@ def _view(
             box is a window on the whole image resized: the field's centre crop.
     """
     left, top, right, bottom = _stored(box, turn)
-    extent: tuple[float, float] = image.size
+    whole = image.size
+    extent: tuple[float, float] = whole
     least = None
     if margin is not None:
         least = math.ceil(margin * size / (right - left)), math.ceil(margin * size / (bottom - top))
@@ -160,7 +162,9 @@ def _view(
     if cut and extent == square.size:
         square = square.crop((round(kept[0]), round(kept[1]), round(right), round(bottom)))
         kept = 0.0, 0.0, float(square.width), float(square.height)
-    if square.size != (size, size) or kept != (0, 0, size, size):
+    if extent != whole:
+        square = resized(square, size, kept)
+    elif square.size != (size, size) or kept != (0, 0, size, size):
         square = square.resize((size, size), Image.Resampling.BICUBIC, box=kept)
     return square.transpose(_UPRIGHT[turn]) if turn in _UPRIGHT else square
 
