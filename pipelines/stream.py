@@ -4,8 +4,9 @@ Each training worker has its own stream. A task reads a few units, and its resul
 arrays), so Ray Data can neither split nor join units; with `preserve_order` they arrive as listed. Images stay compressed on
 their way: decoded they would be ten times the bytes for the object store, the network and the training process to move. A
 stream is cut into spans of tasks because an execution plans all its tasks at the start (5 ms each on two busy cores); the
-next span starts while the last tasks of the previous one come. Until the first one has started, which takes seconds, the
-training worker reads for itself; what then comes once more is passed over.
+next span starts while the last tasks of the previous one come. Until Ray Data's processes have started, which takes seconds,
+the training worker reads for itself. Then the first span is planned from there on, and what the worker reads until its first
+task is done comes once more and is passed over.
 
 A task carries two object references instead of the manifest and the row ids: those are fetched once a process.
 """
@@ -40,9 +41,10 @@ from msclip.errors import UserError
 from msclip.s3_requests import repeated
 
 T = TypeVar("T")
-TASK_BYTES = 16 * 2**20
-"""Of image files that a task reads, roughly: a quarter of a second's work, next to some milliseconds to schedule it."""
-SPAN_TASKS = 128
+TASK_BYTES = 32 * 2**20
+"""Of image files that a task reads, roughly: a tenth of a second's work or two, and as long until the next one starts."""
+SPAN_TASKS = 256
+"""Of one execution. Where two overlap, Ray starts another process."""
 _EARLY_TASKS = 32
 """Left when the next span starts."""
 _PREFETCH_TASKS = 4
@@ -104,7 +106,8 @@ class _Units(NamedTuple):
     @classmethod
     def of(cls, units: Sequence[Unit]) -> "_Units":
         numbers = np.array([(unit.lane, unit.epoch, unit.window, unit.first_step) for unit in units])
-        return cls(numbers, np.concatenate([unit.row for unit in units]), np.cumsum([len(unit.row) for unit in units]))
+        rows = [np.empty(0, np.int64), *(unit.row for unit in units)]
+        return cls(numbers, np.concatenate(rows), np.cumsum([len(unit.row) for unit in units]))
 
     def unit(self, index: int) -> Unit:
         lane, epoch, window, first_step = self.numbers[index].tolist()
@@ -134,49 +137,63 @@ def ray_units(
     content = _Shared(manifest, plan.seed)
     shared = _Handle(hashlib.sha256(pickle.dumps(content)).hexdigest(), ray.put(content))
     place = rank, world_size, start_step, stop_step
-    units = plan.units(*place)
     row_bytes = sum(shard.size for shard in manifest.shards) / manifest.rows
     unit_bytes = row_bytes * plan.unit_rows
     task_units = max(1, round(task_bytes / unit_bytes))
     local = _is_local(manifest)
     context = _context(round(unit_bytes * task_units), world_size, local)
+    idle = ray.available_resources().get("CPU", 0)
     wanted, ended = threading.Event(), threading.Event()
 
-    def start() -> _Span | None:
-        listed = list(itertools.islice(units, span_tasks * task_units))
-        return _Span(listed, task_units, row_bytes, shared, context) if listed and not ended.is_set() else None
+    def span_of(units: list[Unit]) -> _Span:
+        return _Span(units, task_units, row_bytes, shared, context)
 
-    def start_first() -> _Span | None:
+    def warm_up() -> _Span | None:
         wanted.wait(_HEAD_SECONDS)
-        return start()
+        return None if ended.is_set() else span_of([])
 
-    # Ray Data needs seconds to start. What the first batches need is read here, and what follows until Ray Data brings it.
-    head = list(itertools.islice(units, sum(1 for _ in plan.units(rank, world_size, start_step, start_step + _HEAD_STEPS))))
-    more = itertools.islice(plan.units(*place), len(head), len(head) + span_tasks * task_units)
-    idle = ray.available_resources().get("CPU", 0)
-    spans = [_in_background(start_first)]  # the current one, and from its last tasks on the next
-    twice = 0
-    pool = ThreadPoolExecutor(_HEAD_THREADS, thread_name_prefix="first-units")
+    def start(units: Iterator[Unit]) -> _Span | None:
+        listed = list(itertools.islice(units, span_tasks * task_units))
+        return span_of(listed) if listed and not ended.is_set() else None
+
+    def follow(count: int) -> Callable[[], _Span | None]:
+        """What starts the next span of those that follow after so many units."""
+        return partial(start, itertools.islice(plan.units(*place), count, None))
+
+    # Ray Data needs seconds to start. What the first batches need is read here, and what follows until Ray Data is ready.
+    early = sum(1 for _ in plan.units(rank, world_size, start_step, start_step + _HEAD_STEPS))
+    most = early + (span_tasks * task_units if idle >= READ_CPUS else 0)  # if nothing may ever come, that is to be said soon
     ahead = max(1, min(2 * _HEAD_THREADS, round(_HEAD_BYTES / unit_bytes))) if local else 2 * _HEAD_THREADS
-    read_here = partial(_mapped, pool, partial(_read_patiently, shared=content), ahead=ahead)
+    given = begin = 0
+    spans: list[Future[_Span | None]] = []  # the current one, and from its last tasks on the next
+    warm = _in_background(warm_up)
+    warm.add_done_callback(_close)
+    pool = ThreadPoolExecutor(_HEAD_THREADS, thread_name_prefix="first-units")
     try:
-        yield from read_here(iter(head))
-        wanted.set()
-        if idle >= READ_CPUS:  # else nothing may ever come, and that is to be said soon
-            for read in read_here(more):
-                if spans[0].done():
-                    break
-                yield read
-                twice += 1
+        head = itertools.islice(plan.units(*place), most)
+        for read in _mapped(pool, partial(_read_patiently, shared=content), head, ahead):
+            yield read
+            given += 1
+            if given == early:
+                wanted.set()
+            if not spans and warm.done():
+                begin = min(given + ahead, most)  # what comes before is being read here
+                spans.append(_in_background(next_span := follow(begin)))
+            if spans and spans[0].done() and given >= begin:
+                break
         pool.shutdown(wait=False, cancel_futures=True)
         if idle < READ_CPUS:
-            _wait_for_nodes(spans[0], idle)
+            _wait_for_nodes(warm, idle)
+        if not spans:
+            begin = given
+            spans.append(_in_background(next_span := follow(begin)))
+        twice = given - begin
         while (span := spans[0].result()) is not None:
             for left in range(span.count - 1, -1, -1):
                 if left <= _EARLY_TASKS and len(spans) == 1:
-                    spans.append(_in_background(start))
+                    spans.append(_in_background(next_span))
                 for read in span.next():
-                    if twice:
+                    if twice > 0:
                         twice -= 1
                     else:
                         yield read
@@ -207,12 +224,12 @@ class _Pause(ExecutionCallback):
 
 
 class _Span:
-    """One execution of Ray Data, whose first task is done."""
+    """One execution of Ray Data, whose first task is done; without units, a single task that only starts what others need."""
 
     def __init__(self, units: list[Unit], task_units: int, row_bytes: float, shared: _Handle, context: DataContext):
         self.units = units
         self._listed = ray.put(_Units.of(units))
-        tasks = [range(at, min(at + task_units, len(units))) for at in range(0, len(units), task_units)]
+        tasks = [range(at, min(at + task_units, len(units))) for at in range(0, max(1, len(units)), task_units)]
         self.count = len(tasks)
         sizes = [round(sum(len(units[i].row) for i in task) * row_bytes) for task in tasks]
         source = _PlanSource(tasks, sizes, shared, self._listed)

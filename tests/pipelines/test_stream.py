@@ -1,6 +1,7 @@
 """Ray Data hands over exactly what decoding in one process gives: the same units, words for errors, and nothing left behind."""
 
 import io
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from msclip.data.decode import Encoded, Recipe, read_units
 from msclip.data.images import Augment, Preprocess
 from msclip.data.loader import Batches
-from msclip.data.plan import Plan
+from msclip.data.plan import Plan, Unit
 from msclip.data.shards import Manifest
 from msclip.data.tokenizer import Tokenizer
 from msclip.errors import UserError
@@ -63,6 +64,34 @@ def test_ray_data_brings_what_one_process_reads(tmp_path: Path, task_bytes: int)
             left, right = getattr(mine, name), getattr(theirs, name)
             assert left.dtype == right.dtype
             np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_was_read_until_ray_data_was_ready_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipelines import stream as module
+
+    manifest = write(tmp_path / "x.parquet", range(ROWS))
+    plan = Plan(manifest.sizes, 16, seed=3, lanes=2, unit_rows=12)
+    given, begun = 0, []
+
+    class Span(module._Span):
+        def __init__(self, units: list[Unit], *others: Any):
+            begun.append((given, [tuple(unit.row) for unit in units[:1]]))
+            super().__init__(units, *others)
+
+    monkeypatch.setattr(module, "_Span", Span)
+    listed = [tuple(unit.row) for unit in plan.units(0, 1, 0, 3000)]
+    for unit in stream(manifest, plan, 0, 1, 0, 3000, task_bytes=1, span_tasks=2000):
+        assert tuple(unit.row) == listed[given]
+        given += 1
+        if len(begun) < 2:
+            time.sleep(0.02)  # as a training step takes
+        elif given > begun[1][0] + 50:
+            break
+    (first, nothing), (second, rows) = begun[:2]
+    assert first < second
+    assert not nothing
+    assert rows[0] in listed[second : second + 20]
 
 
 @pytest.mark.usefixtures("ray_session")
