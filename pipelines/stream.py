@@ -52,7 +52,7 @@ _AHEAD_BYTES = 512 * 2**20
 """Most that a worker's stream holds in object memory: seconds of work, as far storage may pause. More would only be more memory
 to touch for the first time, which costs as much as reading does."""
 _LOCAL_AHEAD_BYTES = 64 * 2**20
-"""The same for each reading task at a time, and once more, where nothing pauses."""
+"""The same for each reading task at a time, and once more, where nothing pauses; of larger tasks two."""
 _STORE_SHARE = 0.4
 """Of the cluster's object memory, for what was read and not fetched, of all workers; two spans overlap for a while, hence
 under 1/2."""
@@ -310,17 +310,17 @@ def _is_local(manifest: Manifest | Mixture) -> bool:
     return all("://" not in each.folder.url for each in manifests)
 
 
-def _context(unit_bytes: int, world_size: int, local: bool) -> DataContext:
+def _context(task_bytes: int, world_size: int, local: bool) -> DataContext:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = context.enable_operator_progress_bars = context.print_on_execution_start = False
-    context.target_max_block_size = unit_bytes  # what Ray Data expects of a task before it has seen one
+    context.target_max_block_size = task_bytes  # what Ray Data expects of a task before it has seen one
     context.custom_execution_callback_classes = [_Pause]
     options = context.execution_options
     options.preserve_order, options.verbose_progress = True, False
     # Each worker's execution would otherwise count on half of the cluster's memory for itself.
     cluster = ray.cluster_resources()
     readers = max(1.0, cluster.get("CPU", 0) / world_size // _LOCAL_SHARE) if local else None
-    ahead = min(_AHEAD_BYTES, _LOCAL_AHEAD_BYTES * (1 + readers)) if readers else _AHEAD_BYTES
+    ahead = min(_AHEAD_BYTES, max(_LOCAL_AHEAD_BYTES, 2 * task_bytes) * (1 + readers)) if readers else _AHEAD_BYTES
     store = min(ahead, _STORE_SHARE * cluster.get("object_store_memory", 0) / world_size)
     options.resource_limits = ExecutionResources.for_limits(cpu=readers and readers * READ_CPUS, object_store_memory=store)
     return context

@@ -142,13 +142,22 @@ def test_a_local_disk_is_read_by_a_quarter_of_the_cores_and_far_storage_by_all(m
 
     from pipelines.stream import _context
 
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "object_store_memory": 1e9})
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "object_store_memory": 1e11})
 
     def readers(world_size: int, local: bool) -> float:
         return _context(1000, world_size, local).execution_options.resource_limits.cpu
 
     assert [readers(1, local=True), readers(4, local=True), readers(32, local=True)] == [16, 4, 1]
     assert readers(4, local=False) == float("inf")
+
+    def ahead(task_bytes: int, world_size: int, local: bool) -> float:
+        return _context(task_bytes, world_size, local).execution_options.resource_limits.object_store_memory / 2**20
+
+    assert [ahead(1000, world_size, local=True) for world_size in (1, 4, 32)] == [512, 320, 128]
+    assert [ahead(size * 2**20, 32, local=True) for size in (40, 400)] == [160, 512]
+    assert ahead(1000, 32, local=False) == 512
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 64.0, "object_store_memory": 100 * 2**20})
+    assert ahead(1000, 1, local=False) == pytest.approx(40)  # it has to fit
 
 
 def test_the_files_of_a_task_are_not_copied() -> None:
