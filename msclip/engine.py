@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from msclip.distributed import copy_from_first_rank, copy_stream, mean_over_ranks, rank
 from msclip.ema import decay_at
 from msclip.engine_state import EngineState
-from msclip.errors import UserError
+from msclip.errors import TrainingError, UserError
 from msclip.health import check_step
 from msclip.loss import ContrastiveResult, contrastive_loss
 from msclip.optim import OptimConfig, build_optimizer, set_learning_rates
@@ -158,7 +158,8 @@ class Engine:
         Returns metrics, means over the ranks, for `read_metrics`: they stay on the device, so that this call need not wait
         for it. `train/temperature` and, for the sigmoid loss, `train/logit_bias` are those of the loss, before the update.
         A gradient that is not finite is not applied. That is found out on the device, so that it is `settle` which raises
-        `TrainingError`, on all ranks; the next call asks it before it applies anything.
+        `TrainingError`, on all ranks; the next call asks it before it applies anything. Training may go on from there; only
+        the moving averages, of weights and in BatchNorm, have counted that step.
         """
         prepared = batch if isinstance(batch, Prepared) else self.prepare(batch)
         if len(prepared.micro_batches) != self._config.accumulation_steps:
@@ -169,7 +170,11 @@ class Engine:
         with measured("copy", self.device):
             on_device = self._arrived(prepared)
         result, scale = self._accumulate(on_device) if len(on_device) > 1 else self._backward(on_device[0])
-        self.settle()
+        try:
+            self.settle()
+        except TrainingError:
+            self._stepper.discard()  # the gradients of the step that has begun meanwhile
+            raise
         means = mean_over_ranks(torch.stack(result).detach())
         grad_norm, applied = self._stepper.apply()
         metrics: dict[str, Tensor | float] = {
@@ -194,7 +199,6 @@ class Engine:
         verdict, self._unsettled = self._unsettled, None
         if verdict is not None and not verdict.applied():
             self.step = verdict.step
-            self.module.zero_grad()  # of the step that has begun meanwhile
             check_step(read_metrics(verdict.metrics), verdict.step)
             raise AssertionError("an update was withheld although its gradient is finite")
 

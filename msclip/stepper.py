@@ -37,6 +37,10 @@ class Stepper(Protocol):
         """The gradient's norm before clipping, and whether it is finite: only then are weights updated. Nobody waits for it."""
         ...
 
+    def discard(self) -> None:
+        """In place of `apply`: the gradients go, and nothing is updated."""
+        ...
+
     def cap(self, parameter: nn.Parameter, maximum: float) -> None:
         """Elementwise upper bound of a parameter, without waiting for the device."""
         ...
@@ -139,6 +143,9 @@ class PlainStepper(WholeParameters):
         norm, finite = self._clip_and_step(self._optimizer.step)
         self._optimizer.zero_grad(set_to_none=True)
         return norm, finite
+
+    def discard(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _average_gradients(self) -> None:
         if world_size() == 1:

@@ -160,6 +160,10 @@ class Zero0Stepper(_DeepSpeedPasses, WholeParameters):
         """DeepSpeed would apply any gradient, so the optimiser sees to it that it is finite."""
         return self._clip_and_step(self._engine.step)
 
+    def discard(self) -> None:
+        """By a step that updates nothing, so that DeepSpeed counts micro batches from 0 again."""
+        step_if_finite(self._optimizer, torch.tensor(torch.nan), self._engine.step)
+
 
 class PartitionedStepper(_DeepSpeedPasses):
     """Stages 1 and 2: every rank has all parameters, and of AdamW's averages (2: of gradients too) its part.
@@ -182,8 +186,13 @@ class PartitionedStepper(_DeepSpeedPasses):
         dist.all_reduce(square)
         norm = square.sqrt()
         if self._clip_grad_norm is not None:
-            torch._foreach_mul_(own, (self._clip_grad_norm / (norm + 1e-6)).clamp(max=1))
+            # Never by NaN: stage 3 keeps these buffers, and what only pads them is written once, at the start.
+            torch._foreach_mul_(own, (self._clip_grad_norm / (norm + 1e-6)).clamp(max=1).nan_to_num(1.0))
         return norm, step_if_finite(self._zero.optimizer, norm, self._engine.step)
+
+    def discard(self) -> None:
+        """By a step that updates nothing: DeepSpeed keeps gradients and counts where `zero_grad` does not reach."""
+        step_if_finite(self._zero.optimizer, torch.tensor(torch.nan), self._engine.step)
 
     @torch.no_grad()
     def cap(self, parameter: nn.Parameter, maximum: float) -> None:

@@ -95,11 +95,11 @@ def test_state_of_two_ranks_under_any_stage_continues_in_one_process(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_gradient_that_is_not_finite_stops_all_ranks_and_reaches_no_weight(
+def test_a_gradient_that_is_not_finite_stops_all_ranks_and_leaves_no_trace(
     stage: int | None, two_ranks: list[dict[Any, Any]]
 ) -> None:
     for observed in two_ranks:
-        assert f"step {STEPS}: train/loss is nan" in observed["stage", stage]["error"]
+        assert f"step {STEPS // 2}: train/loss is nan" in observed["stage", stage]["error"]
     assert two_ranks[0]["stage", stage]["untouched"]
 
 

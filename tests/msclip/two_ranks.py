@@ -125,21 +125,28 @@ def observe_loss(rank: int, kind: str) -> tuple[Tensor, list[Tensor | None]]:
     return torch.stack(result).detach(), [leaf.grad for leaf in leaves]
 
 
+def fail(engine: Engine, rank: int, parts: int = 1) -> str | None:
+    """A step that must not be applied, and the one after it, which must say so; one faulty worker must stop both."""
+    mean = engine.module.mean.clone()
+    if rank == 1:
+        engine.module.mean.fill_(torch.nan)
+    train(engine, 1, rank, 2, parts)
+    engine.module.mean.copy_(mean)
+    try:
+        train(engine, 1, rank, 2, parts)
+    except TrainingError as error:
+        return str(error)
+    return None
+
+
 def observe_stage(rank: int, stage: int | None, start: tuple[dict[str, Tensor], dict[str, Tensor]]) -> Mapping[str, Any]:
-    """A whole run, a step that must fail, and a run that goes on from `start`, the state after half of the steps."""
+    """A whole run with a step in its middle that must fail, and one that goes on from `start`, the state after half of it."""
     engine = tiny_engine(tiny_model(), stage, 2)
     observed: dict[str, Any] = {"metrics": train(engine, STEPS // 2, rank, 2)}
-    observed["half"] = engine.full_state()
-    observed["metrics"] += train(engine, STEPS // 2, rank, 2)
-    before = engine.full_state()
-    if rank == 1:  # one faulty worker must stop both
-        engine.module.mean.fill_(torch.nan)
-    try:
-        engine.train_step(micro_batches(engine.step, rank, 2))
-        engine.settle()
-    except TrainingError as error:
-        observed["error"] = str(error)
+    observed["half"] = before = engine.full_state()
+    observed["error"] = fail(engine, rank)
     observed["untouched"] = all(torch.equal(a[k], b[k]) for a, b in zip(before, engine.full_state(), strict=True) for k in a)
+    observed["metrics"] += train(engine, STEPS // 2, rank, 2)
 
     engine = tiny_engine(tiny_model(seed=5 + rank), stage, 2)
     engine.load_full_state(*(start if rank == 0 else ({}, {})), step=STEPS // 2)
@@ -229,7 +236,9 @@ def main(rank: int, folder: Path) -> None:
         observed["finetuning", stage] = observe_finetuning(rank, stage, finetuned)
     for stage, by_unit in ((2, False), (3, False), (3, True)):
         engine = tiny_engine(tiny_model(), stage, 2, by_unit=by_unit, accumulation_steps=2)
-        observed["accumulated", stage, by_unit] = train(engine, 3, rank, 2, parts=2)
+        metrics = train(engine, 1, rank, 2, parts=2)
+        fail(engine, rank, parts=2)
+        observed["accumulated", stage, by_unit] = metrics + train(engine, 2, rank, 2, parts=2)
     for by_unit in (False, True):
         observed["compiled", by_unit] = observe_compiled(rank, by_unit)
         observed["gathering", by_unit] = observe_gathering(rank, by_unit)
