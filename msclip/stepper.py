@@ -1,7 +1,7 @@
 """What an engine asks of whoever runs its passes and holds its optimiser, and the answer of plain PyTorch.
 
 Plain PyTorch serves one process, or several that average their gradients in one all-reduce. Several are for small machines
-and for tests; at scale use DeepSpeed, which overlaps that reduction with the backward pass.
+and for tests; at scale use DeepSpeed, which partitions memory and can reduce gradients during the backward pass.
 """
 
 from collections.abc import Callable, Iterator

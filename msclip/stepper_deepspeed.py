@@ -57,11 +57,14 @@ def deepspeed_stepper(
     bucket = min(int(3e7), sum(parameter.numel() for parameter in module.parameters()))
     # Where gradients travel beside the backward pass, DeepSpeed waits on the host for the last of them, and the GPU for the
     # host: within one host that costs more than it gains.
-    zero: dict[str, Any] = {"reduce_bucket_size": bucket, "overlap_comm": zero_stage == 0 or _several_hosts()}
+    beside = bool(zero_options.get("overlap_comm", _several_hosts()))
+    zero: dict[str, Any] = {"reduce_bucket_size": bucket, "overlap_comm": beside}
     if zero_stage in (1, 2):
         zero["compute_grad_norm"] = False
     if zero_stage == 3:
-        zero["contiguous_gradients"] = False  # they are put together for sending anyway
+        # They are put together for sending anyway. Beside the backward pass they need a place of their own until then:
+        # DeepSpeed lets go of one of which this rank keeps no part, such as the temperature's, while it is being read.
+        zero["contiguous_gradients"] = beside
         if units is None:
             zero["stage3_param_persistence_threshold"] = 0  # small ones kept whole would be gathered one by one
     settings = {
