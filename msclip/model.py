@@ -154,11 +154,14 @@ class Model(nn.Module):
         return self
 
     def units(self) -> list[nn.Module]:
-        """Modules each of which needs all of its parameters at once: stage 3 of ZeRO gathers them together.
+        """Modules each of which needs all of its parameters at once: stage 3 of ZeRO gathers those of a large model together.
 
-        Not those that see pixels: DeepSpeed learns from the gradient of a unit's input that it is done with. Nor layers that
-        run once for each modality: it would take the gradients of all of a unit's parameters each time.
+        Not those that see pixels: DeepSpeed learns from the gradient of a unit's input that it is done with. So none where
+        first layers are frozen, whose output has no gradient. Nor layers that run once for each modality: it would take the
+        gradients of all of a unit's parameters each time.
         """
+        if any(self.config.freezes.values()):
+            return []
         once = (block for block in self.blocks if isinstance(block, Block) and (self.joint or len(block.modalities) == 1))
         return [*once, *(module for module in self.modules() if isinstance(module, StemStage | Bottleneck))]
 

@@ -132,10 +132,13 @@ def test_a_compiled_model_whose_parameters_come_and_go_trains_the_same(
 
 
 @pytest.mark.parametrize("by_unit", [False, True])
-def test_stage_3_trains_layers_that_run_once_for_each_modality(by_unit: bool, two_ranks: list[dict[Any, Any]]) -> None:
+@pytest.mark.parametrize("model", ["apart", "frozen"])
+def test_stage_3_trains_layers_that_run_once_for_each_modality_and_above_frozen_ones(
+    model: str, by_unit: bool, two_ranks: list[dict[Any, Any]]
+) -> None:
     for observed in two_ranks:
-        expected = curve(observed["apart", None, False])
-        torch.testing.assert_close(curve(observed["apart", 3, by_unit]), expected, rtol=0, atol=1e-5)
+        expected = curve(observed[model, None, False])
+        torch.testing.assert_close(curve(observed[model, 3, by_unit]), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("by_unit", [False, True])

@@ -250,9 +250,13 @@ def main(rank: int, folder: Path) -> None:
         metrics = train(engine, 2, rank, 2)
         own = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
         observed["batch_norm", stage] = metrics, own, engine.full_state()[0], engine.averaged_state()
-    apart: dict[str, Any] = {"text_width": 96, "text_heads": 4, "sharing": SEPARATE}
-    for stage, by_unit in ((None, False), (3, False), (3, True)):
-        observed["apart", stage, by_unit] = train(tiny_engine(tiny_model(**apart), stage, 2, by_unit=by_unit), 2, rank, 2)
+    models: dict[str, dict[str, Any]] = {
+        "apart": {"text_width": 96, "text_heads": 4, "sharing": SEPARATE},
+        "frozen": {"freeze_image": "first:1", "freeze_text": "first:1"},
+    }
+    for name, model in models.items():
+        for stage, by_unit in ((None, False), (3, False), (3, True)):
+            observed[name, stage, by_unit] = train(tiny_engine(tiny_model(**model), stage, 2, by_unit=by_unit), 2, rank, 2)
     torch.save(observed, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
