@@ -296,7 +296,8 @@ def create_engine(
     `compiled` compiles the model's parts for the GPU, with `save_memory` as told by `Model.compile_parts`.
     The model has `parameter_groups()` and takes (images, text) to (image features, text features, temperature and bias if it
     has one). Stage 3 gathers the parameters of all of it at once if they are no more than DeepSpeed's
-    `stage3_max_live_parameters` (1e9), of a larger one unit by unit, if it has `units()`.
+    `stage3_max_live_parameters` (1e9), of a larger one unit by unit, if it has `units()`. Outside of `train_step` that model
+    has no weights: `full_state` collects them.
     """
     if precision not in ("fp32", "bf16"):
         raise UserError(f"precision must be fp32 or bf16, got {precision}")

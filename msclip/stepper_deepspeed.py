@@ -34,7 +34,7 @@ def deepspeed_stepper(
     micro_batch_size: int,
     zero_options: Mapping[str, Any],
     units: Iterable[nn.Module] | None = None,
-) -> "Zero0Stepper | PartitionedStepper | Zero3Stepper":
+) -> "Zero0Stepper | PartitionedStepper":
     """Hands module and optimiser to DeepSpeed; under stage 3 the module's parameters are partitioned from now on.
 
     Those inside one of `units` are then gathered together, with one hook for all instead of one for each of its modules;
@@ -127,7 +127,7 @@ def _import_deepspeed(device: torch.device) -> Any:
 
 def _several_hosts() -> bool:
     # LOCAL_WORLD_SIZE: torchrun and Ray Train set it; without them one host is meant.
-    return dist.get_world_size() > int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return dist.get_world_size() > int(os.environ.get("LOCAL_WORLD_SIZE") or dist.get_world_size())
 
 
 def _worth_reading(record: logging.LogRecord) -> bool:
@@ -246,12 +246,11 @@ class Zero3Stepper(PartitionedStepper):
             coordinator = self._zero.parameter_offload.get_param_coordinator()
             coordinator._PartitionedParameterCoordinator__max_ongoing_fetch_events = sys.maxsize
 
-    @torch.no_grad()
-    def apply(self) -> tuple[Tensor, Tensor]:
-        applied = super().apply()
+    def forward(self, pixels: Tensor, text: PackedText) -> tuple[Tensor, Tensor, Tensor]:
         if not self._in_order:
-            torch.cuda.current_stream(self._engine.device).synchronize()  # DeepSpeed's stream for gathers does not wait for it
-        return applied
+            # DeepSpeed's stream for gathers does not wait for what has just written the partitions.
+            torch.cuda.current_stream(self._engine.device).synchronize()
+        return super().forward(pixels, text)
 
     @torch.no_grad()
     def cap(self, parameter: nn.Parameter, maximum: float) -> None:

@@ -324,6 +324,13 @@ def test_the_number_of_micro_batches_must_be_the_configured_one() -> None:
         tiny_engine(tiny_model(), accumulation_steps=2).train_step(micro_batches(0))
 
 
+def test_deepspeed_has_what_stage_3_replaces() -> None:
+    zero = tiny_engine(tiny_model(), stage=3)._stepper._zero  # type: ignore[attr-defined]
+    assert callable(type(zero)._get_norm_groups)
+    assert hasattr(zero, "reduce_and_partition_stream")
+    assert zero.parameter_offload.get_param_coordinator()._PartitionedParameterCoordinator__max_ongoing_fetch_events > 0
+
+
 def test_zero_without_deepspeed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match="pip install deepspeed"):
