@@ -64,6 +64,9 @@ READ_CPUS = 1.0
 _HEAD_STEPS, _HEAD_SECONDS = 2, 3.0
 """Ray Data starts when the files of so many batches have been asked for, or after this time: on a small machine its start takes
 all cores, and the first batches go before it."""
+_SPAN_SECONDS = 6.0
+"""That Ray Data, once it runs, takes to bring what it is asked for as fast as it will. As long the training worker reads on:
+what both read is thrown away, and nothing comes meanwhile."""
 _HEAD_THREADS = 8
 _HEAD_BYTES = 64 * 2**20
 """That the training worker reads ahead from a local disk while it reads for itself: memory that is touched for the first time
@@ -165,6 +168,7 @@ def ray_units(
     most = early + (span_tasks * task_units if idle >= READ_CPUS else 0)  # if nothing may ever come, that is to be said soon
     ahead = max(1, min(2 * _HEAD_THREADS, round(_HEAD_BYTES / unit_bytes))) if local else 2 * _HEAD_THREADS
     given = begin = 0
+    began = time.monotonic()
     spans: list[Future[_Span | None]] = []  # the current one, and from its last tasks on the next
     warm = _in_background(warm_up)
     warm.add_done_callback(_close)
@@ -177,7 +181,9 @@ def ray_units(
             if given == early:
                 wanted.set()
             if not spans and warm.done():
-                begin = min(given + ahead, most)  # what comes before is being read here
+                # What comes before is being read here, or will have been when Ray Data brings its first.
+                pace = given / (time.monotonic() - began)
+                begin = min(given + ahead + round(pace * _SPAN_SECONDS), most)
                 spans.append(_in_background(next_span := follow(begin)))
             if spans and spans[0].done() and given >= begin:
                 break

@@ -80,18 +80,19 @@ def test_what_was_read_until_ray_data_was_ready_is_not_read_again(tmp_path: Path
             super().__init__(units, *others)
 
     monkeypatch.setattr(module, "_Span", Span)
+    monkeypatch.setattr(module, "_SPAN_SECONDS", 1.0)
     listed = [tuple(unit.row) for unit in plan.units(0, 1, 0, 3000)]
     for unit in stream(manifest, plan, 0, 1, 0, 3000, task_bytes=1, span_tasks=2000):
         assert tuple(unit.row) == listed[given]
         given += 1
         if len(begun) < 2:
             time.sleep(0.02)  # as a training step takes
-        elif given > begun[1][0] + 50:
+        elif given > begun[1][0] + 150:
             break
     (first, nothing), (second, rows) = begun[:2]
     assert first < second
     assert not nothing
-    assert rows[0] in listed[second : second + 20]
+    assert rows[0] in listed[second + 20 : second + 20 + 50]  # read ahead, and to be read in that second
 
 
 @pytest.mark.usefixtures("ray_session")
