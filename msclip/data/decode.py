@@ -78,7 +78,8 @@ def read_unit(manifest: Manifest | Mixture, unit: Unit, seed: int) -> Encoded:
     """
     groups = manifest.locate(unit.row)
     files, captions = [np.empty(0, np.uint8)] * len(unit.row), [[""]] * len(unit.row)
-    for group in np.unique(groups).tolist():
+    read = np.unique(groups).tolist()
+    for group in read:
         places = np.flatnonzero(groups == group)
         of = manifest.row_groups[group]
         rows = unit.row[places] - of.first_row
@@ -86,7 +87,8 @@ def read_unit(manifest: Manifest | Mixture, unit: Unit, seed: int) -> Encoded:
         cells = table[manifest.caption_column].take(rows).to_pylist()
         for i, file, cell in zip(places.tolist(), _views(_image_files(table, manifest.image_column), rows), cells, strict=True):
             captions[i] = _captions(cell)
-            files[i] = file if captions[i] else file[:0]
+            file = file if captions[i] else file[:0]
+            files[i] = file if len(read) == 1 else file.copy()  # else all row groups of a window would stay in memory
     counts = np.array([max(1, len(texts)) for texts in captions])
     turns = caption_turns(counts, seed, unit.epoch, unit.row)
     said = tuple(texts[turn] if texts else "" for texts, turn in zip(captions, turns.tolist(), strict=True))

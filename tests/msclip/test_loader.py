@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from msclip.data import parquet
 from msclip.data.decode import Encoded, Recipe, Replaced, caption_turns, read_unit, read_units
 from msclip.data.images import Augment, Preprocess
 from msclip.data.loader import Batch, Batches, DataConfig
@@ -257,6 +258,25 @@ def test_rows_without_a_good_one_near_are_an_error_that_names_them(tmp_path: Pat
         batches(manifest, tokenizer)
 
 
+def test_row_groups_of_a_unit_are_not_in_memory_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "_cache", parquet._TableCache(0))
+    size, groups = 2**20, 8
+    images = [np.full(size, i, np.uint8).tobytes() for i in range(groups)]
+    pq.write_table(pa.table({"image": images, "captions": ["said"] * groups}), tmp_path / "x.parquet", row_group_size=1)
+    data = Manifest.load(str(tmp_path))
+    held: list[int] = []
+
+    class Watched(Manifest):
+        def read(self, group: int, keep: bool = False) -> pa.Table:
+            held.append(pa.total_allocated_bytes())
+            return super().read(group, keep)
+
+    order = np.arange(groups)[::-1].copy()
+    found = read_unit(Watched(data.folder, data.shards), Unit(0, 0, 0, 0, order), 0)
+    assert held[-1] - held[0] < 3 * size
+    np.testing.assert_array_equal(found.files[::size], order)
+
+
 def test_a_lost_a_swapped_and_an_extra_unit_stop_the_stream(manifest: Manifest, tokenizer: Tokenizer) -> None:
     plan = plan_of(manifest)
     units = list(read(manifest, plan, 0, 1, 0, 6))
@@ -381,7 +401,6 @@ from msclip.data.decode import Recipe, read_units
 from msclip.data.images import Preprocess
 from msclip.data.loader import Batches
 from msclip.data.plan import Plan, Unit
-from msclip.data.pool import Inline, Work
 from msclip.data.shards import Manifest
 manifest = Manifest.load(sys.argv[1])
 plan = Plan(manifest.sizes, 8)
