@@ -188,11 +188,11 @@ def ray_units(
             if spans and spans[0].done() and given >= begin:
                 break
         pool.shutdown(wait=False, cancel_futures=True)
-        if idle < READ_CPUS:
-            _wait_for_nodes(warm, idle)
         if not spans:
             begin = given
             spans.append(_in_background(next_span := follow(begin)))
+        if idle < READ_CPUS:
+            _wait_for_nodes(spans[0], idle)  # where all was read here, there is none to wait for
         twice = given - begin
         while (span := spans[0].result()) is not None:
             for left in range(span.count - 1, -1, -1):
