@@ -1,7 +1,9 @@
 """Pillow's bicubic in a fifth of its time, with weights of 16 bits instead of 22: one value of three hundred is a level off.
 
-So this is for pictures that are not exact anyway: JPEGs decoded at a fraction of their size. Of the time that one of 1,024
-pixels takes, Pillow's resizing is more than half.
+That is so where Pillow, too, begins with the columns. From version 13 on it begins with the rows of tall pictures, and what is
+rounded in between makes a difference of some levels in more values, as it does between its own versions. So this is for
+pictures that are not exact anyway: JPEGs decoded at a fraction of their size. Of the time that one of 1,024 pixels takes,
+Pillow's resizing is more than half.
 """
 
 from PIL import Image
