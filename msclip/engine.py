@@ -23,13 +23,11 @@ from msclip.health import check_step
 from msclip.loss import ContrastiveResult, contrastive_loss
 from msclip.optim import OptimConfig, build_optimizer, set_learning_rates
 from msclip.stepper import PlainStepper, Stepper
+from msclip.stepper_deepspeed import deepspeed_stepper, is_large
 from msclip.timing import measured
 from msclip.tokens import PackedText
 
 Precision = Literal["fp32", "bf16"]
-
-MAX_LIVE = "stage3_max_live_parameters"
-"""DeepSpeed's bound on the parameters that a rank holds whole under stage 3."""
 
 
 class MicroBatch(NamedTuple):
@@ -311,7 +309,7 @@ def create_engine(
     device = torch.device(device)
     zero_options = dict(zero_options or {})
     units: list[nn.Module] | None = None  # all of the model is one
-    if zero_stage == 3 and sum(p.numel() for p in model.parameters()) > zero_options.get(MAX_LIVE, 1e9):
+    if zero_stage == 3 and is_large(model, zero_options):
         units = getattr(model, "units", list)()
     if compiled:
         model.compile_parts(save_memory, by_unit=units is not None)  # type: ignore[operator]
@@ -326,8 +324,6 @@ def create_engine(
             raise UserError(f"zero_options need a zero_stage, got {zero_options} with zero_stage null")
         stepper = PlainStepper(module, optimizer, config.clip_grad_norm)
     else:
-        from msclip.stepper_deepspeed import deepspeed_stepper
-
         stepper = deepspeed_stepper(module, optimizer, config, zero_stage, micro_batch_size, zero_options, units)
     return Engine(module, stepper, shapes, config, total_steps, device, seed)
 

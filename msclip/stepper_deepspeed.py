@@ -85,6 +85,11 @@ def deepspeed_stepper(
     return (Zero3Stepper if zero_stage == 3 else PartitionedStepper)(engine, config.clip_grad_norm)
 
 
+def is_large(model: nn.Module, zero_options: Mapping[str, Any]) -> bool:
+    """Whether a model has more parameters than a rank may hold whole under stage 3, by DeepSpeed's bound."""
+    return sum(parameter.numel() for parameter in model.parameters()) > zero_options.get("stage3_max_live_parameters", 1e9)
+
+
 class _Whole(nn.Module):
     """A module that owns all parameters of another, which it hides: DeepSpeed's hooks find no parts in it.
 

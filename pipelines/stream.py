@@ -5,8 +5,8 @@ arrays), so Ray Data can neither split nor join units; with `preserve_order` the
 their way: decoded they would be ten times the bytes for the object store, the network and the training process to move. A
 stream is cut into spans of tasks because an execution plans all its tasks at the start (5 ms each on two busy cores); the
 next span starts while the last tasks of the previous one come. Until Ray Data's processes have started, which takes seconds,
-the training worker reads for itself. Then the first span is planned from there on, and what the worker reads until its first
-task is done comes once more and is passed over.
+the training worker reads for itself. Then the first span is planned from where the worker will be when Ray Data has its full
+pace; should the worker get further before the first task is done, that comes once more and is passed over.
 
 A task carries two object references instead of the manifest and the row ids: those are fetched once a process.
 """
